@@ -1,0 +1,57 @@
+"""What the UNet is conditioned on, for both teacher layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Conditioning of a batch of ``b`` samples.
+
+    Attributes:
+        prompt_embeds: ``[b, L, D]``, the text encoders' hidden states.
+        pooled: ``[b, P]``, SDXL's pooled text embedding; None for the SD1.5 layout.
+        time_ids: ``[b, 6]``, SDXL's sizes and crop; None for the SD1.5 layout.
+    """
+
+    prompt_embeds: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(*(None if x is None else fn(x) for x in (self.prompt_embeds, self.pooled, self.time_ids)))
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
+        return self._map(lambda x: x[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        """As ``Tensor.to``, on every part."""
+        return self._map(lambda x: x.to(*args, **kwargs))
+
+    def expand(self, n: int) -> Conditioning:
+        """Repeat a batch of one ``n`` times, without copying."""
+        if len(self) != 1:
+            raise ValueError(f"expand needs a batch of one, got {len(self)}")
+        return self._map(lambda x: x.expand(n, *x.shape[1:]))
+
+    @staticmethod
+    def cat(*parts: Conditioning) -> Conditioning:
+        """Concatenate along the batch; all parts have the same layout."""
+        columns = zip(*((p.prompt_embeds, p.pooled, p.time_ids) for p in parts), strict=True)
+        return Conditioning(*(None if c[0] is None else torch.cat(c) for c in columns))
+
+    def unet_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for diffusers' ``UNet2DConditionModel.forward``."""
+        kwargs: dict[str, Any] = {"encoder_hidden_states": self.prompt_embeds}
+        if self.pooled is not None:
+            kwargs["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.time_ids}
+        return kwargs

@@ -1,0 +1,1 @@
+"""The diffusion mathematics: schedule, DDIM, output conversion, guidance, grids and sampling. Tensors in, tensors out."""

@@ -1,0 +1,55 @@
+"""Timestep grids: the solver's, the segments' boundaries, and the few-step sampler's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.errors import UserError
+
+
+def solver_grid(points: int, num_train_timesteps: int = 1000) -> Tensor:
+    """``t_n = n T / N - 1`` for ``n = 1 .. N``, preceded by the clean end ``t_0 = 0``: int64 ``[N + 1]``, rising.
+
+    Raises:
+        UserError: ``points`` does not divide ``T``.
+    """
+    if points < 1 or num_train_timesteps % points:
+        raise UserError(f"solver_points: {points} does not divide the {num_train_timesteps} training timesteps; use 40, for example.")
+    skip = num_train_timesteps // points
+    return torch.tensor([0, *range(skip - 1, num_train_timesteps, skip)])
+
+
+def boundaries(segments: int, num_train_timesteps: int = 1000) -> Tensor:
+    """Segment boundaries ``b_0 = 0``, ``b_j = j T / k - 1`` for ``j = 1 .. k``: int64 ``[k + 1]``, rising.
+
+    Raises:
+        UserError: ``segments`` does not divide ``T``.
+    """
+    if segments < 1 or num_train_timesteps % segments:
+        raise UserError(f"segments: {segments} does not divide the {num_train_timesteps} training timesteps; use 8, 4, 2 or 1.")
+    return torch.tensor([0, *(j * num_train_timesteps // segments - 1 for j in range(1, segments + 1))])
+
+
+def check_grid(grid: Tensor, bounds: Tensor) -> None:
+    """Refuse a solver grid that misses a segment boundary.
+
+    Raises:
+        UserError: names the missing boundary and a grid that has all of them.
+    """
+    missing = sorted(set(bounds.tolist()) - set(grid.tolist()))
+    if missing:
+        raise UserError(
+            f"solver_points: a grid of {len(grid) - 1} points has no point at the segment boundaries {missing} of segments: {len(bounds) - 1}; "
+            "use solver_points: 40, which has the boundaries of 8, 4, 2 and 1 segments."
+        )
+
+
+def segment_start(t: Tensor, bounds: Tensor) -> Tensor:
+    """``t_b = max{b_j < t}``: the lower end of the segment that a student at ``t`` belongs to; int64, the shape of ``t``."""
+    return bounds[torch.searchsorted(bounds, t, right=False) - 1]
+
+
+def trailing_timesteps(steps: int, num_train_timesteps: int = 1000) -> Tensor:
+    """DDIM's "trailing" grid, as diffusers rounds it: int64 ``[steps]``, falling from ``T - 1``."""
+    return torch.tensor([round(num_train_timesteps - i * num_train_timesteps / steps) - 1 for i in range(steps)])

@@ -1,0 +1,59 @@
+"""Deterministic sampling, for teachers (with guidance) and for students (without)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.diffusion.guidance import guide
+from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule, ddim, to_x0_eps
+
+Denoiser = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""``(x_t [b, c, h, w], t int64 [b], cond) -> raw network output [b, c, h, w]``."""
+
+
+def guided_denoiser(denoiser: Denoiser, uncond: Conditioning, scale: Tensor | float) -> Denoiser:
+    """A denoiser with guidance: one call on the batch of both halves. ``uncond`` has the batch of ``x_t``."""
+
+    def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat(uncond, cond))
+        return guide(*both.chunk(2), scale)
+
+    return call
+
+
+@torch.no_grad()
+def sample_ddim(
+    denoiser: Denoiser,
+    x_T: Tensor,
+    cond: Conditioning,
+    timesteps: Tensor,
+    schedule: Schedule,
+    prediction_type: PredictionType,
+    *,
+    uncond: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """DDIM with eta 0 along falling ``timesteps``; the last step goes to the clean end ``abar[0]`` (``set_alpha_to_one=False``).
+
+    Args:
+        x_T: pure noise ``[b, c, h, w]``.
+        timesteps: int64 ``[steps]``, falling.
+        uncond: batch of one or of ``b``; needed where ``guidance_scale`` is not 1.
+
+    Returns:
+        latents ``[b, c, h, w]`` in the dtype of ``x_T``.
+    """
+    if guidance_scale != 1.0:
+        if uncond is None:
+            raise ValueError("guidance_scale other than 1 needs the unconditional embedding")
+        denoiser = guided_denoiser(denoiser, uncond.expand(len(x_T)) if len(uncond) == 1 else uncond, guidance_scale)
+    x = x_T
+    for t, s in zip(timesteps.tolist(), [*timesteps[1:].tolist(), 0], strict=True):
+        at = torch.full((len(x),), t, device=x.device)
+        x0, eps = to_x0_eps(denoiser(x, at, cond), x, at, schedule, prediction_type)
+        x = ddim(x0, eps, torch.full_like(at, s), schedule).to(x_T.dtype)
+    return x
