@@ -1,0 +1,379 @@
+"""Teachers in the SD1.5 and the SDXL layout: shipped with the package, in a local diffusers folder, or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.config import Strict
+from hypersd_pipeline.diffusion.sampling import Denoiser
+from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models import text
+
+log = logging.getLogger(__name__)
+
+Part = Literal["unet", "vae", "text"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+SHIPPED = Path(__file__).parents[1] / "assets" / "teacher"
+TEXT_BATCH = 64  # prompts a text encoder sees at a time: bounds memory, whatever the caller passes
+
+
+class TeacherConfig(Strict):
+    """Which teacher, and how to hold it.
+
+    Attributes:
+        source: ``shipped``, a local folder in diffusers layout, or a hub id (``owner/name``).
+        layout: ``sd15``, ``sdxl``, or ``auto``: SDXL where there is a second text encoder.
+        prediction_type: what the UNet puts out; ``auto`` reads the teacher's scheduler config.
+        revision, variant: of the hub repository, and of the weight files (``fp16`` ...).
+        dtype: of UNet and text encoders. vae_dtype: of the VAE; SDXL's overflows in float16.
+        resolution: side of the images in pixels; None for the teacher's own.
+    """
+
+    source: str = "shipped"
+    layout: Literal["auto", "sd15", "sdxl"] = "auto"
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
+    revision: str | None = None
+    variant: str | None = None
+    dtype: Dtype = "float32"
+    vae_dtype: Dtype = "float32"
+    resolution: int | None = Field(default=None, gt=0)
+
+
+class Teacher:
+    """A frozen teacher. Parts that were not asked for raise ``ValueError`` when they are used.
+
+    Attributes:
+        config: as given, with ``auto`` and None replaced by what was found.
+        layout: ``sd15`` or ``sdxl``; prediction_type: of the UNet's output; schedule: the training noise schedule.
+        latent_channels, latent_size: of the latents ``[b, latent_channels, latent_size, latent_size]``; resolution: of images, in pixels.
+        text_encoders, tokenizers: one each for SD1.5, two for SDXL, none where ``text`` was not asked for.
+        folder: where the files are.
+    """
+
+    text_encoders: list[Any]
+    tokenizers: list[Any]
+
+    def __init__(self, config: TeacherConfig, folder: Path, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+        unet, vae = _read_json(folder / "unet" / "config.json"), _read_json(folder / "vae" / "config.json")
+        self.layout = _layout(config, folder)
+        self.prediction_type: PredictionType = _prediction_type(config, scheduler)
+        self.schedule = Schedule.from_config(scheduler)
+        self.latent_channels, self.latent_size, self.resolution = _latent_shape(config, unet, vae)
+        self.scaling_factor = float(vae.get("scaling_factor", 0.18215))
+        self.config = config.model_copy(
+            update={"layout": self.layout, "prediction_type": self.prediction_type, "resolution": self.resolution}
+        )
+        self._zero_unconditional = bool(_read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
+        self._unet: Any = None
+        self._vae: Any = None
+        self.text_encoders, self.tokenizers = [], []
+        self._hashes: dict[str, str] = {}
+
+    @property
+    def unet(self) -> Any:
+        """diffusers' ``UNet2DConditionModel``, frozen."""
+        return _loaded(self._unet, "unet")
+
+    @property
+    def vae(self) -> Any:
+        """diffusers' ``AutoencoderKL``, frozen."""
+        return _loaded(self._vae, "vae")
+
+    def default_time_ids(self, n: int) -> Tensor | None:
+        """SDXL's size conditioning of an uncropped square image: float32 ``[n, 6]``; None for SD1.5."""
+        if self.layout != "sdxl":
+            return None
+        square = (self.resolution, self.resolution)
+        return text.sdxl_time_ids(square, (0, 0), square).to(self.device).repeat(n, 1)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of ``b`` prompts, equal to diffusers' ``encode_prompt``; long prompts are cut, and a warning counts them.
+
+        Returns:
+            prompt_embeds ``[b, L, D]``; for SDXL pooled ``[b, P]`` and the default time_ids ``[b, 6]``.
+        """
+        _loaded(self.text_encoders or None, "text")
+        if not prompts:
+            raise ValueError("encode_prompts needs at least one prompt")
+        length = text.max_tokens(self.tokenizers[0], self.text_encoders[0])
+        if cut := text.count_truncated(self.tokenizers[0], prompts, length):
+            log.warning("%d of %d prompts are longer than %d tokens and were cut", cut, len(prompts), length)
+        return Conditioning.cat(*(self._encode(prompts[i : i + TEXT_BATCH]) for i in range(0, len(prompts), TEXT_BATCH)))
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        if self.layout == "sd15":
+            return Conditioning(text.encode_sd15(self.tokenizers[0], self.text_encoders[0], prompts))
+        return Conditioning(*text.encode_sdxl(self.tokenizers, self.text_encoders, prompts), self.default_time_ids(len(prompts)))
+
+    def unconditional(self, n: int = 1) -> Conditioning:
+        """The unconditional half of guidance, ``n`` times: the encoded "" for SD1.5, zeros for SDXL (unless its model_index.json says otherwise).
+
+        SDXL's ``time_ids`` are the default ones; where images bring their own, both halves must carry the image's.
+        """
+        one = self.encode_prompts([""])
+        if self.layout == "sdxl" and self._zero_unconditional:
+            assert one.pooled is not None
+            one = Conditioning(torch.zeros_like(one.prompt_embeds), torch.zeros_like(one.pooled), one.time_ids)
+        return one[torch.zeros(n, dtype=torch.int64, device=self.device)]
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior of the latents, times the VAE's scaling factor.
+
+        Args:
+            images: ``[b, 3, h, w]`` in [-1, 1].
+
+        Returns:
+            ``(mean, std)``, each ``[b, c, h/f, w/f]`` in the VAE's dtype; a latent is ``mean + std * randn``.
+        """
+        posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+        return posterior.mean * self.scaling_factor, posterior.std * self.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``[b, 3, h, w]`` in [0, 1], float32, of scaled latents ``[b, c, h/f, w/f]``; differentiable in the latents."""
+        images = self.vae.decode(latents.to(self.device, self.vae.dtype) / self.scaling_factor, return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)  # never in place: the decode path carries gradients in feedback learning
+
+    def denoiser(self) -> Denoiser:
+        """The UNet as a function of tensors; inputs are cast to the UNet's dtype, the raw output is in that dtype."""
+        unet, dtype = self.unet, self.unet.dtype
+
+        def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            return unet(x_t.to(dtype), t, **cond.to(dtype).unet_kwargs(), return_dict=False)[0]
+
+        return call
+
+    def content_hash(self, part: Part) -> str:
+        """sha256 over the part's config and weight files (and tokenizer files for ``text``), so that a cache knows its encoder."""
+        if part not in self._hashes:
+            digest = hashlib.sha256()
+            for file in _part_files(self.folder, part, self.config):
+                digest.update(f"{file.relative_to(self.folder).as_posix()}\0{_identity(file)}\n".encode())
+            if part == "text":  # it changes the unconditional embedding
+                digest.update(f"{self.layout}, force_zeros_for_empty_prompt {self._zero_unconditional}".encode())
+            self._hashes[part] = digest.hexdigest()
+        return self._hashes[part]
+
+
+def load_teacher(
+    config: TeacherConfig, parts: Iterable[Part] = ("unet", "vae", "text"), device: torch.device | str | None = None
+) -> Teacher:
+    """Load the asked parts of a teacher, frozen and in ``eval()``.
+
+    Args:
+        parts: of ``unet``, ``vae``, ``text``; nothing else is read, and nothing else downloaded.
+        device: the accelerator if there is one, unless given.
+
+    Raises:
+        UserError: the teacher is missing, damaged, not in safetensors, or of a kind that is not supported.
+    """
+    parts = tuple(parts)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = find_folder(config, parts)
+    teacher = Teacher(config, folder, where)
+    for part in parts:
+        for name in _part_folders(folder, part):
+            if not name.startswith("tokenizer"):
+                _weight_files(folder / name, config.variant)  # refuses what is not safetensors, before anything is read
+    if "unet" in parts:
+        teacher._unet = _load_diffusers("UNet2DConditionModel", folder, "unet", config.variant, config.dtype).to(where)
+    if "vae" in parts:
+        teacher._vae = _load_diffusers("AutoencoderKL", folder, "vae", config.variant, config.vae_dtype).to(where)
+    if "text" in parts:
+        teacher.tokenizers, teacher.text_encoders = _load_text(teacher, folder)
+    return teacher
+
+
+def find_folder(config: TeacherConfig, parts: Iterable[Part] = ("unet", "vae", "text")) -> Path:
+    """The local folder of a teacher; a hub id is downloaded into the hub's cache first (only the asked parts' safetensors).
+
+    Raises:
+        UserError: there is no such teacher, or the shipped files are damaged.
+    """
+    if config.source == "shipped":
+        check_shipped(SHIPPED)
+        return SHIPPED
+    path = Path(config.source).expanduser()
+    if path.is_file():
+        raise UserError(
+            f"teacher.source: {config.source} is a single file; convert it to a diffusers folder with "
+            "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder) and give that folder."
+        )
+    if path.is_dir():
+        if not (path / "model_index.json").exists():
+            raise UserError(f"teacher.source: {config.source} has no model_index.json; give a folder written by a pipeline's save_pretrained.")
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", config.source):
+        raise UserError(f"teacher.source: there is no folder {config.source}; give an existing diffusers folder, a hub id or 'shipped'.")
+    return _download(config, parts)
+
+
+def check_shipped(folder: Path) -> None:
+    """Compare the shipped teacher with ``sha256.json`` beside it.
+
+    Raises:
+        UserError: a file is missing, unlisted or changed.
+    """
+    table = folder / "sha256.json"
+    if not table.exists():
+        raise UserError(f"teacher.source: 'shipped' needs {table}, which is missing; reinstall the package or train one with `kedro run --pipelines teacher`.")
+    listed: dict[str, str] = json.loads(table.read_text())
+    unlisted = {p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors")} - set(listed)
+    changed = [name for name, digest in listed.items() if not (folder / name).is_file() or _sha256(folder / name) != digest]
+    if bad := sorted([*unlisted, *changed]):
+        raise UserError(f"{folder}: {', '.join(bad)} differ from sha256.json; reinstall the package to restore the shipped teacher.")
+
+
+def _download(config: TeacherConfig, parts: Iterable[Part]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    dot = f".{config.variant}" if config.variant else ""
+    patterns = ["model_index.json", "*/config.json", "scheduler/*.json"]
+    for part in parts:
+        for name in {"unet": ["unet"], "vae": ["vae"], "text": ["text_encoder", "text_encoder_2"]}[part]:
+            stem = "model" if part == "text" else "diffusion_pytorch_model"
+            patterns += [f"{name}/{stem}{dot}.safetensors", f"{name}/{stem}{dot}-*.safetensors", f"{name}/{stem}*{dot}.index*.json"]
+            patterns += [f"{name}/{stem}-*{dot}.safetensors", f"{name}/{stem}.safetensors.index{dot}.json"]
+        if part == "text":
+            patterns += ["tokenizer/*", "tokenizer_2/*"]
+    try:
+        folder = Path(snapshot_download(config.source, revision=config.revision, allow_patterns=patterns))
+    except Exception as error:  # offline, private, misspelt, unknown revision: huggingface_hub has a class for each, httpx some more
+        raise UserError(
+            f"teacher.source: {config.source} is no local folder and could not be fetched from the hub ({type(error).__name__}); "
+            "check the spelling, the network and HF_TOKEN, or give a local diffusers folder."
+        ) from error
+    if not (folder / "model_index.json").exists():
+        raise UserError(f"teacher.source: {config.source} has no model_index.json on the hub or in the offline cache; give a repository in diffusers layout.")
+    return folder
+
+
+def _load_diffusers(class_name: str, folder: Path, name: str, variant: str | None, dtype: Dtype) -> Any:
+    import diffusers
+
+    model = getattr(diffusers, class_name).from_pretrained(
+        folder, subfolder=name, variant=variant, use_safetensors=True, torch_dtype=getattr(torch, dtype), local_files_only=True
+    )
+    return model.requires_grad_(False).eval()
+
+
+def _load_text(teacher: Teacher, folder: Path) -> tuple[list[Any], list[Any]]:
+    import transformers
+
+    classes = [transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection][: 2 if teacher.layout == "sdxl" else 1]
+    tokenizers, encoders = [], []
+    for suffix, cls in zip(("", "_2"), classes, strict=False):
+        tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, subfolder=f"tokenizer{suffix}", local_files_only=True))
+        encoder = cls.from_pretrained(
+            folder, subfolder=f"text_encoder{suffix}", variant=teacher.config.variant, use_safetensors=True, local_files_only=True
+        )
+        encoders.append(encoder.to(teacher.device, getattr(torch, teacher.config.dtype)).requires_grad_(False).eval())
+    return tokenizers, encoders
+
+
+def _loaded(part: Any, name: str) -> Any:
+    if part is None:
+        raise ValueError(f"this teacher was loaded without {name!r}; add it to load_teacher's parts")
+    return part
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; give a complete diffusers folder of a Stable Diffusion 1.5 or SDXL model.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); fetch the teacher again.") from None
+
+
+def _layout(config: TeacherConfig, folder: Path) -> Literal["sd15", "sdxl"]:
+    found: Literal["sd15", "sdxl"] = "sdxl" if _read_json(folder / "model_index.json").get("text_encoder_2", [None])[0] else "sd15"
+    if config.layout not in ("auto", found):
+        raise UserError(f"teacher.layout: {config.layout!r} was asked for, but {folder} has the {found} layout; use 'auto'.")
+    return found
+
+
+def _prediction_type(config: TeacherConfig, scheduler: dict[str, Any]) -> PredictionType:
+    found = scheduler.get("prediction_type", "epsilon") if config.prediction_type == "auto" else config.prediction_type
+    if found not in ("epsilon", "v_prediction", "sample"):
+        raise UserError(f"scheduler_config.json: prediction_type {found!r} is not supported; use a teacher with epsilon, v_prediction or sample.")
+    return found
+
+
+def _latent_shape(config: TeacherConfig, unet: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
+    """``(channels, latent side, image side)``."""
+    channels = int(vae.get("latent_channels", 4))
+    if unet.get("in_channels", 4) != channels:
+        raise UserError(f"unet/config.json: in_channels is {unet.get('in_channels')}, the VAE has {channels}; use a text-to-image teacher (no inpainting UNet).")
+    if any(vae.get(key) is not None for key in ("latents_mean", "latents_std")) or vae.get("shift_factor"):
+        raise UserError("vae/config.json: latents_mean, latents_std and shift_factor are not supported; use a teacher whose VAE has a scaling_factor only.")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    resolution = config.resolution or int(unet["sample_size"]) * factor
+    if resolution % factor:
+        raise UserError(f"teacher.resolution: {resolution} is not a multiple of {factor}, the VAE's reduction; use {resolution // factor * factor or factor}.")
+    return channels, resolution // factor, resolution
+
+
+def _part_folders(folder: Path, part: Part) -> list[str]:
+    if part != "text":
+        return [part]
+    names = ["text_encoder", "tokenizer"]
+    index = _read_json(folder / "model_index.json")
+    return names + ["text_encoder_2", "tokenizer_2"] if index.get("text_encoder_2", [None])[0] else names
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files that ``from_pretrained`` reads for this variant.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    stems = {f: re.sub(r"-\d{5}-of-\d{5}", "", f.name.removesuffix(".safetensors")) for f in files}
+    stems = {f: stem.partition(".")[2] for f, stem in stems.items()}
+    found = [f for f in files if stems[f] == (variant or "")]
+    if found:
+        return found
+    if any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder} has only .bin weights, which can run code when they are opened; convert it with a pipeline's "
+            "save_pretrained(folder, safe_serialization=True)."
+        )
+    raise UserError(f"{folder} has no safetensors weights of variant {variant!r}; check teacher.variant (there: {[f.name for f in files] or 'none'}).")
+
+
+def _part_files(folder: Path, part: Part, config: TeacherConfig) -> list[Path]:
+    files: list[Path] = []
+    for name in _part_folders(folder, part):
+        if name.startswith("tokenizer"):
+            files += sorted(p for p in (folder / name).iterdir() if p.is_file())
+        else:
+            files += [folder / name / "config.json", *_weight_files(folder / name, config.variant)]
+    return files
+
+
+def _identity(path: Path) -> str:
+    if path.name != "config.json":
+        return _sha256(path)
+    # saving a model again notes the library's version and the old path in its config: that is no other model
+    config = {k: v for k, v in _read_json(path).items() if not k.startswith("_") and k != "transformers_version"}
+    return json.dumps(config, sort_keys=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
