@@ -1,0 +1,107 @@
+"""LoRA folders that diffusers loads as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kedro.io import AbstractDataset
+
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.io.files import replacing_folder
+
+if TYPE_CHECKING:
+    from hypersd_pipeline.models.lora import LoRA
+
+WEIGHTS, SCHEDULER, CARD = "pytorch_lora_weights.safetensors", "scheduler_config.json", "README.md"
+
+_CARD = """---
+library_name: diffusers
+tags: [lora, hyper-sd, few-step]
+---
+# {name}
+
+A LoRA for {steps}-step sampling without classifier-free guidance, trained on `{teacher}`.
+{contract}
+```python
+from diffusers import {scheduler}, DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{teacher}")  # the model that this LoRA was trained on
+pipeline.load_lora_weights("path/to/{name}")
+pipeline.fuse_lora()
+pipeline.scheduler = {scheduler}.from_pretrained("path/to/{name}")
+image = pipeline("a prompt", num_inference_steps={steps}, guidance_scale={pipeline_guidance}{eta}).images[0]
+```
+"""
+
+
+def sampling_contract(metadata: dict[str, str]) -> dict[str, Any]:
+    """The sampling contract of a LoRA's metadata: scheduler, scheduler_config, steps, timestep_spacing, eta, guidance_scale.
+
+    Raises:
+        UserError: the metadata holds none, or one that is not JSON.
+    """
+    try:
+        return json.loads(metadata["sampling_contract"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError("This LoRA has no readable 'sampling_contract' in its metadata; train it again with this project.") from error
+
+
+def model_card(name: str, metadata: dict[str, str]) -> str:
+    """A README with how to sample from the LoRA: the contract's rows and a snippet for diffusers."""
+    contract = sampling_contract(metadata)
+    rows = [f"| {key} | `{value}` |" for key, value in contract.items() if key != "scheduler_config"]
+    guidance = float(contract.get("guidance_scale", 1.0))
+    return _CARD.format(
+        name=name,
+        steps=contract.get("steps", 4),
+        teacher=metadata.get("teacher", "the teacher"),
+        contract="\n".join(["", "| sampling | |", "|-|-|", *rows, ""]),
+        scheduler=contract.get("scheduler", "DDIMScheduler"),
+        pipeline_guidance=guidance if guidance > 1 else 0,  # diffusers turns guidance off for any value up to 1
+        eta=f", eta={contract['eta']}" if "eta" in contract else "",
+    )
+
+
+class LoRADataset(AbstractDataset["LoRA", "LoRA"]):
+    """A folder with ``pytorch_lora_weights.safetensors`` (metadata inside), ``scheduler_config.json`` and a model card.
+
+    ``StableDiffusionPipeline.load_lora_weights(folder)`` and ``DDIMScheduler.from_pretrained(folder)`` read it. The folder is replaced as a
+    whole, so that weights and contract always belong together.
+    """
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath, self.metadata = Path(filepath), metadata
+
+    def load(self) -> LoRA:
+        from safetensors import SafetensorError, safe_open
+
+        from hypersd_pipeline.models.lora import LoRA
+
+        path = self._filepath / WEIGHTS
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+                return LoRA(tensors=tensors, metadata=file.metadata() or {})
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing; run the stage that trains it, or restore it with `dvc checkout` or `dvc pull`.") from error
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}); restore it with `dvc checkout` or train its stage again.") from error
+
+    def save(self, data: LoRA) -> None:
+        from safetensors.torch import save_file
+
+        contract = sampling_contract(data.metadata)
+        scheduler = {"_class_name": contract["scheduler"], **contract["scheduler_config"]}
+        with replacing_folder(self._filepath) as folder:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in data.tensors.items()}
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **data.metadata})
+            (folder / SCHEDULER).write_text(json.dumps(scheduler, indent=2) + "\n")
+            (folder / CARD).write_text(model_card(self._filepath.name, data.metadata))
+
+    def _exists(self) -> bool:
+        return (self._filepath / WEIGHTS).exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._filepath)}

@@ -1,0 +1,134 @@
+"""Datasets of numbers: final metrics as JSON, and live curves."""
+
+import csv
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kedro.io import AbstractDataset
+
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.io import tracking
+from hypersd_pipeline.io.files import write_text
+
+logger = logging.getLogger(__name__)
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with numpy and torch scalars as Python numbers and non-finite numbers as None (JSON has neither)."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, bool | str | int) or value is None:
+        return value
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+class MetricsDataset(AbstractDataset[dict[str, Any], dict[str, Any]]):
+    """A (nested) dictionary of numbers as a JSON file, the form that DVC reads. Non-finite numbers are stored as null."""
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath, self.metadata = Path(filepath), metadata
+
+    def load(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._filepath.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self._filepath} is not valid JSON ({error}); delete it and run its stage again.") from error
+
+    def save(self, data: dict[str, Any]) -> None:
+        write_text(self._filepath, json.dumps(jsonable(data), indent=2) + "\n")
+
+    def _exists(self) -> bool:
+        return self._filepath.exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._filepath)}
+
+
+class CurveFile:
+    """A CSV file of metrics by step. A run that resumes at step s drops the rows from s on and goes on after them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._columns: list[str] | None = None  # None until the first write: what the file holds is not known yet
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Append `rows` (each with a ``step``); a column seen for the first time rewrites the file."""
+        new = dict.fromkeys(key for row in rows for key in row)
+        if self._columns is not None and set(new) <= set(self._columns):
+            self._write(rows, "a")
+            return
+        kept = [row for row in self._read() if self._columns is not None or int(row["step"]) < rows[0]["step"]]
+        self._columns = list(dict.fromkeys(["step", *(key for row in kept for key in row), *new]))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._write([*kept, *rows], "w")
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with self._path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+
+    def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
+        with self._path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, self._columns or [], extrasaction="ignore")
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+class MetricStream:
+    """``stream({"train/loss": 0.1}, step)``: live curves in the active MLflow run and in a CSV file.
+
+    Calls are buffered, because one write to sqlite takes longer than a small training step; ``flush`` writes them out, and so does a
+    call that comes `seconds` after the last write. A value that is not finite is kept in the file and left out of MLflow.
+    """
+
+    def __init__(self, path: Path, *, seconds: float = 5.0) -> None:
+        self._file, self._seconds = CurveFile(path), seconds
+        self._rows: list[dict[str, Any]] = []
+        self._written = time.monotonic()
+
+    def __call__(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._rows.append({"step": int(step), **{key: float(value) for key, value in metrics.items()}, "": time.time()})
+        if time.monotonic() - self._written >= self._seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        rows, self._rows = self._rows, []
+        self._written = time.monotonic()
+        if not rows:
+            return
+        stamps = [row.pop("") for row in rows]
+        self._file.append(rows)
+        tracking.log_rows(rows, stamps)
+
+
+class MetricStreamDataset(AbstractDataset[None, MetricStream]):
+    """Loads as a `MetricStream`: a node takes it as an input, so that node code neither imports MLflow nor opens files."""
+
+    def __init__(self, *, filepath: str, seconds: float = 5.0, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath, self._seconds, self.metadata = Path(filepath), seconds, metadata
+
+    def load(self) -> MetricStream:
+        return MetricStream(self._filepath, seconds=self._seconds)
+
+    def save(self, data: None) -> None:
+        raise UserError("A metric stream is an input of a node and never its output: correct the wiring in pipeline.py.")
+
+    def _exists(self) -> bool:
+        return True
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": os.fspath(self._filepath)}

@@ -1,0 +1,78 @@
+"""What is sent to MLflow, and in which form. Nothing here needs a run: without one, calls do nothing."""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+PARENT_TAG = "mlflow.parentRunId"
+STAGE_TAG = "stage"
+_BATCH = 1000  # metrics that MLflow takes in one request
+
+
+def metric_name(name: str) -> str:
+    """`name` with characters that MLflow refuses replaced by an underscore."""
+    return re.sub(r"[^\w.\- /]", "_", name)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "", sep: str = "/") -> dict[str, Any]:
+    """Nested dictionaries and lists as one level: ``{"fid": {"4": 31.2}}`` becomes ``{"fid/4": 31.2}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{sep}{key}" if prefix else str(key)
+        if isinstance(value, list | tuple):
+            value = {str(index): item for index, item in enumerate(value)}
+        flat |= flatten(value, name, sep) if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of `values`; the others (text, None, NaN, infinity) are left out, a NaN with a warning."""
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if value is None or isinstance(value, str):
+            continue
+        if math.isfinite(value):
+            numbers[metric_name(name)] = float(value)
+        else:
+            logger.warning("%s is %s: not recorded in MLflow.", name, value)
+    return numbers
+
+
+def _targets() -> Iterable[tuple[str, str]]:
+    """(run id, prefix): the active run with plain names, and its parent with the stage's name in front."""
+    import mlflow
+
+    run = mlflow.active_run()
+    if run is None:
+        return
+    yield run.info.run_id, ""
+    if PARENT_TAG in run.data.tags and STAGE_TAG in run.data.tags:
+        yield run.data.tags[PARENT_TAG], f"{run.data.tags[STAGE_TAG]}/"
+
+
+def log_rows(rows: list[dict[str, Any]], stamps: list[float]) -> None:
+    """Send curve rows (each with a ``step``) and their times (seconds) to the active run and its parent."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    for run_id, prefix in _targets():
+        metrics = [
+            Metric(prefix + name, value, int(stamp * 1000), row["step"])
+            for row, stamp in zip(rows, stamps, strict=True)
+            for name, value in finite(row).items()
+            if name != "step"
+        ]
+        for start in range(0, len(metrics), _BATCH):
+            MlflowClient().log_batch(run_id, metrics[start : start + _BATCH])
+
+
+def log_final(metrics: Mapping[str, Any]) -> None:
+    """Send final metrics, flattened, to the active run and, with the stage's name in front, to its parent."""
+    import time
+
+    rows = [{"step": 0, **finite(flatten(metrics))}]
+    log_rows(rows, [time.time()])
