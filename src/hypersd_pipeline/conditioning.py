@@ -25,7 +25,8 @@ class Conditioning:
     time_ids: Tensor | None = None
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
-        return Conditioning(*(None if x is None else fn(x) for x in (self.prompt_embeds, self.pooled, self.time_ids)))
+        pooled, time_ids = (None if x is None else fn(x) for x in (self.pooled, self.time_ids))
+        return Conditioning(fn(self.prompt_embeds), pooled, time_ids)
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -46,8 +47,15 @@ class Conditioning:
     @staticmethod
     def cat(*parts: Conditioning) -> Conditioning:
         """Concatenate along the batch; all parts have the same layout."""
-        columns = zip(*((p.prompt_embeds, p.pooled, p.time_ids) for p in parts), strict=True)
-        return Conditioning(*(None if c[0] is None else torch.cat(c) for c in columns))
+
+        def join(tensors: list[Tensor | None]) -> Tensor | None:
+            present = [x for x in tensors if x is not None]
+            if present and len(present) != len(tensors):
+                raise ValueError("cannot concatenate conditionings of different layouts")
+            return torch.cat(present) if present else None
+
+        embeds = torch.cat([p.prompt_embeds for p in parts])
+        return Conditioning(embeds, join([p.pooled for p in parts]), join([p.time_ids for p in parts]))
 
     def unet_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for diffusers' ``UNet2DConditionModel.forward``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,10 +13,10 @@ def solver_grid(points: int, num_train_timesteps: int = 1000) -> Tensor:
     """``t_n = n T / N - 1`` for ``n = 1 .. N``, preceded by the clean end ``t_0 = 0``: int64 ``[N + 1]``, rising.
 
     Raises:
-        UserError: ``points`` does not divide ``T``.
+        UserError: ``points`` does not divide ``T``, or leaves no room between the points.
     """
-    if points < 1 or num_train_timesteps % points:
-        raise UserError(f"solver_points: {points} does not divide the {num_train_timesteps} training timesteps; use 40, for example.")
+    if not 1 <= points < num_train_timesteps or num_train_timesteps % points:  # with points == T, t_1 would be t_0 again
+        raise UserError(f"solver_points: {points} is no proper divisor of the {num_train_timesteps} training timesteps; use 40.")
     skip = num_train_timesteps // points
     return torch.tensor([0, *range(skip - 1, num_train_timesteps, skip)])
 
@@ -26,7 +27,7 @@ def boundaries(segments: int, num_train_timesteps: int = 1000) -> Tensor:
     Raises:
         UserError: ``segments`` does not divide ``T``.
     """
-    if segments < 1 or num_train_timesteps % segments:
+    if not 1 <= segments < num_train_timesteps or num_train_timesteps % segments:
         raise UserError(f"segments: {segments} does not divide the {num_train_timesteps} training timesteps; use 8, 4, 2 or 1.")
     return torch.tensor([0, *(j * num_train_timesteps // segments - 1 for j in range(1, segments + 1))])
 
@@ -40,16 +41,17 @@ def check_grid(grid: Tensor, bounds: Tensor) -> None:
     missing = sorted(set(bounds.tolist()) - set(grid.tolist()))
     if missing:
         raise UserError(
-            f"solver_points: a grid of {len(grid) - 1} points has no point at the segment boundaries {missing} of segments: {len(bounds) - 1}; "
+            f"solver_points: a grid of {len(grid) - 1} points has none at the segment boundaries {missing} of segments: {len(bounds) - 1}; "
             "use solver_points: 40, which has the boundaries of 8, 4, 2 and 1 segments."
         )
 
 
 def segment_start(t: Tensor, bounds: Tensor) -> Tensor:
-    """``t_b = max{b_j < t}``: the lower end of the segment that a student at ``t`` belongs to; int64, the shape of ``t``."""
+    """``t_b = max{b_j < t}``: the lower end of the segment that a student at ``t >= 1`` belongs to; int64, the shape of ``t``."""
     return bounds[torch.searchsorted(bounds, t, right=False) - 1]
 
 
 def trailing_timesteps(steps: int, num_train_timesteps: int = 1000) -> Tensor:
-    """DDIM's "trailing" grid, as diffusers rounds it: int64 ``[steps]``, falling from ``T - 1``."""
-    return torch.tensor([round(num_train_timesteps - i * num_train_timesteps / steps) - 1 for i in range(steps)])
+    """DDIM's "trailing" grid: int64 ``[steps]``, falling from ``T - 1``."""
+    # numpy's arange as in diffusers: summing the float step rounds some halves the other way (48 steps: 936, not 937)
+    return torch.from_numpy(np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)).astype(np.int64) - 1)

@@ -19,8 +19,8 @@ def guided_denoiser(denoiser: Denoiser, uncond: Conditioning, scale: Tensor | fl
     """A denoiser with guidance: one call on the batch of both halves. ``uncond`` has the batch of ``x_t``."""
 
     def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat(uncond, cond))
-        return guide(*both.chunk(2), scale)
+        output_u, output_c = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat(uncond, cond)).chunk(2)
+        return guide(output_u, output_c, scale)
 
     return call
 

@@ -36,10 +36,12 @@ class Schedule:
         """
         T, start, end = config.get("num_train_timesteps", 1000), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
         kind = config.get("beta_schedule", "linear")
+        if config.get("rescale_betas_zero_snr"):
+            raise UserError(
+                "scheduler_config.json: rescale_betas_zero_snr is set; zero-terminal-SNR teachers are not supported, use one without it."
+            )
         if config.get("trained_betas") is not None:
             return cls(torch.as_tensor(np.asarray(config["trained_betas"]), dtype=torch.float64))
-        if config.get("rescale_betas_zero_snr"):
-            raise UserError("scheduler_config.json: rescale_betas_zero_snr is set; zero-terminal-SNR teachers are not supported, use one without it.")
         if kind == "scaled_linear":
             return cls(torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2)
         if kind == "linear":

@@ -121,7 +121,7 @@ class Teacher:
         return Conditioning(*text.encode_sdxl(self.tokenizers, self.text_encoders, prompts), self.default_time_ids(len(prompts)))
 
     def unconditional(self, n: int = 1) -> Conditioning:
-        """The unconditional half of guidance, ``n`` times: the encoded "" for SD1.5, zeros for SDXL (unless its model_index.json says otherwise).
+        """The unconditional half of guidance, ``n`` times: the encoded "" for SD1.5, zeros for SDXL (if ``force_zeros_for_empty_prompt``).
 
         SDXL's ``time_ids`` are the default ones; where images bring their own, both halves must carry the image's.
         """
@@ -215,7 +215,7 @@ def find_folder(config: TeacherConfig, parts: Iterable[Part] = ("unet", "vae", "
         )
     if path.is_dir():
         if not (path / "model_index.json").exists():
-            raise UserError(f"teacher.source: {config.source} has no model_index.json; give a folder written by a pipeline's save_pretrained.")
+            raise UserError(f"teacher.source: {path} has no model_index.json; give a folder that a pipeline's save_pretrained wrote.")
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", config.source):
         raise UserError(f"teacher.source: there is no folder {config.source}; give an existing diffusers folder, a hub id or 'shipped'.")
@@ -230,7 +230,7 @@ def check_shipped(folder: Path) -> None:
     """
     table = folder / "sha256.json"
     if not table.exists():
-        raise UserError(f"teacher.source: 'shipped' needs {table}, which is missing; reinstall the package or train one with `kedro run --pipelines teacher`.")
+        raise UserError(f"{table} is missing, so teacher.source 'shipped' cannot be used; reinstall the package.")
     listed: dict[str, str] = json.loads(table.read_text())
     unlisted = {p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors")} - set(listed)
     changed = [name for name, digest in listed.items() if not (folder / name).is_file() or _sha256(folder / name) != digest]
@@ -258,7 +258,7 @@ def _download(config: TeacherConfig, parts: Iterable[Part]) -> Path:
             "check the spelling, the network and HF_TOKEN, or give a local diffusers folder."
         ) from error
     if not (folder / "model_index.json").exists():
-        raise UserError(f"teacher.source: {config.source} has no model_index.json on the hub or in the offline cache; give a repository in diffusers layout.")
+        raise UserError(f"teacher.source: {config.source} on the hub has no model_index.json; give a repository in diffusers layout.")
     return folder
 
 
@@ -278,7 +278,7 @@ def _load_text(teacher: Teacher, folder: Path) -> tuple[list[Any], list[Any]]:
     tokenizers, encoders = [], []
     for suffix, cls in zip(("", "_2"), classes, strict=False):
         tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, subfolder=f"tokenizer{suffix}", local_files_only=True))
-        encoder = cls.from_pretrained(
+        encoder: Any = cls.from_pretrained(
             folder, subfolder=f"text_encoder{suffix}", variant=teacher.config.variant, use_safetensors=True, local_files_only=True
         )
         encoders.append(encoder.to(teacher.device, getattr(torch, teacher.config.dtype)).requires_grad_(False).eval())
@@ -300,8 +300,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}); fetch the teacher again.") from None
 
 
+def _found_layout(folder: Path) -> Literal["sd15", "sdxl"]:
+    return "sdxl" if _read_json(folder / "model_index.json").get("text_encoder_2", [None])[0] else "sd15"
+
+
 def _layout(config: TeacherConfig, folder: Path) -> Literal["sd15", "sdxl"]:
-    found: Literal["sd15", "sdxl"] = "sdxl" if _read_json(folder / "model_index.json").get("text_encoder_2", [None])[0] else "sd15"
+    found = _found_layout(folder)
     if config.layout not in ("auto", found):
         raise UserError(f"teacher.layout: {config.layout!r} was asked for, but {folder} has the {found} layout; use 'auto'.")
     return found
@@ -310,7 +314,7 @@ def _layout(config: TeacherConfig, folder: Path) -> Literal["sd15", "sdxl"]:
 def _prediction_type(config: TeacherConfig, scheduler: dict[str, Any]) -> PredictionType:
     found = scheduler.get("prediction_type", "epsilon") if config.prediction_type == "auto" else config.prediction_type
     if found not in ("epsilon", "v_prediction", "sample"):
-        raise UserError(f"scheduler_config.json: prediction_type {found!r} is not supported; use a teacher with epsilon, v_prediction or sample.")
+        raise UserError(f"scheduler_config.json: prediction_type {found!r} is none of epsilon, v_prediction, sample; use another teacher.")
     return found
 
 
@@ -318,22 +322,25 @@ def _latent_shape(config: TeacherConfig, unet: dict[str, Any], vae: dict[str, An
     """``(channels, latent side, image side)``."""
     channels = int(vae.get("latent_channels", 4))
     if unet.get("in_channels", 4) != channels:
-        raise UserError(f"unet/config.json: in_channels is {unet.get('in_channels')}, the VAE has {channels}; use a text-to-image teacher (no inpainting UNet).")
+        raise UserError(
+            f"unet/config.json: in_channels is {unet.get('in_channels')}, the VAE has {channels}; "
+            "use a text-to-image teacher (not an inpainting one)."
+        )
     if any(vae.get(key) is not None for key in ("latents_mean", "latents_std")) or vae.get("shift_factor"):
-        raise UserError("vae/config.json: latents_mean, latents_std and shift_factor are not supported; use a teacher whose VAE has a scaling_factor only.")
+        raise UserError("vae/config.json: latents_mean, latents_std and shift_factor are not supported; use a teacher without them.")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     resolution = config.resolution or int(unet["sample_size"]) * factor
     if resolution % factor:
-        raise UserError(f"teacher.resolution: {resolution} is not a multiple of {factor}, the VAE's reduction; use {resolution // factor * factor or factor}.")
+        nearest = resolution // factor * factor or factor
+        raise UserError(f"teacher.resolution: {resolution} is not a multiple of {factor}, the VAE's reduction; use {nearest}.")
     return channels, resolution // factor, resolution
 
 
 def _part_folders(folder: Path, part: Part) -> list[str]:
     if part != "text":
         return [part]
-    names = ["text_encoder", "tokenizer"]
-    index = _read_json(folder / "model_index.json")
-    return names + ["text_encoder_2", "tokenizer_2"] if index.get("text_encoder_2", [None])[0] else names
+    second = ["text_encoder_2", "tokenizer_2"] if _found_layout(folder) == "sdxl" else []
+    return ["text_encoder", "tokenizer", *second]
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -353,7 +360,8 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
             f"{folder} has only .bin weights, which can run code when they are opened; convert it with a pipeline's "
             "save_pretrained(folder, safe_serialization=True)."
         )
-    raise UserError(f"{folder} has no safetensors weights of variant {variant!r}; check teacher.variant (there: {[f.name for f in files] or 'none'}).")
+    there = ", ".join(f.name for f in files) or "none"
+    raise UserError(f"{folder} has no safetensors weights of variant {variant!r}; check teacher.variant (there: {there}).")
 
 
 def _part_files(folder: Path, part: Part, config: TeacherConfig) -> list[Path]:

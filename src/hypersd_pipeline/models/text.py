@@ -28,9 +28,7 @@ def count_truncated(tokenizer: Any, prompts: Sequence[str], length: int) -> int:
 
 def encode_sd15(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
     """Last hidden state of ``CLIPTextModel``, after its final norm: ``[b, L, D]`` in the encoder's dtype."""
-    inputs = tokenizer(
-        list(prompts), padding="max_length", max_length=max_tokens(tokenizer, encoder), truncation=True, return_tensors="pt"
-    )
+    inputs = tokenizer(list(prompts), padding="max_length", max_length=max_tokens(tokenizer, encoder), truncation=True, return_tensors="pt")
     mask = inputs.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
     return encoder(inputs.input_ids.to(encoder.device), attention_mask=mask)[0]
 
@@ -53,5 +51,5 @@ def encode_sdxl(tokenizers: Sequence[Any], encoders: Sequence[Any], prompts: Seq
 
 
 def sdxl_time_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """SDXL's size conditioning: float32 ``[6]``, (height, width) before resizing, (top, left) of the crop, (height, width) seen by the VAE."""
+    """SDXL's size conditioning, float32 ``[6]``: (height, width) as found, (top, left) of the crop, (height, width) the VAE sees."""
     return torch.tensor([*original, *crop, *target], dtype=torch.float32)
