@@ -1,0 +1,66 @@
+"""All that is measured on a batch of pictures, with one pass through each network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.metrics.clip_score import clip_scores, load_clip
+from hypersd_pipeline.metrics.config import EvaluationConfig
+from hypersd_pipeline.metrics.features import EfficientNetLite0, load_features, metric_name
+from hypersd_pipeline.models.dual_encoder import DualEncoder, load_dual_encoder
+from hypersd_pipeline.models.quality_head import load_quality_head
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of ``n`` pictures: Frechet ``features [n, d]``, unit image ``embeddings [n, e]`` for the CLIP score, ``quality [n]``; float32 on the CPU."""
+
+    features: Tensor
+    embeddings: Tensor
+    quality: Tensor
+
+
+class Scorer:
+    """The feature extractor, the image-text encoder and the image-quality head of one configuration.
+
+    Attributes:
+        distance: the Frechet metric's name, ``fd_efficientnet_lite0`` or ``fid_inception``.
+    """
+
+    def __init__(self, config: EvaluationConfig, device: torch.device | str = "cpu") -> None:
+        self.features = load_features(config.features, device)
+        self.clip = load_clip(config.clip, device)
+        self.dual = self.clip if isinstance(self.clip, DualEncoder) else load_dual_encoder().to(device)
+        self.head = load_quality_head(self.dual)
+        self.distance = metric_name(self.features.name)
+        self.device = torch.device(device)
+        # One trunk serves both where both see the same pixels: the vision tower is two thirds of the cost of scoring.
+        self.shared = isinstance(self.features, EfficientNetLite0) and self.features.resolution == self.dual.config.image_size
+
+    @torch.inference_mode()
+    def score(self, images: Tensor) -> Scores:
+        """Scores of ``[b, 3, h, w]`` in [0, 1]."""
+        images = images.to(self.device, torch.float32)
+        features = self.features(images)
+        dual = self.dual.project_images(features) if self.shared else self.dual.encode_images(images)
+        embeddings = dual if self.clip is self.dual else self.clip.encode_images(images)
+        return Scores(features.float().cpu(), embeddings.float().cpu(), self.head(dual).float().cpu())
+
+    def score_all(self, batches: Iterable[Tensor]) -> Scores:
+        """Scores of all pictures of an iterable of batches, of which one is held at a time."""
+        parts = [self.score(batch) for batch in batches]
+        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("features", "embeddings", "quality")))
+
+    @torch.inference_mode()
+    def text_embeddings(self, prompts: list[str], batch_size: int = 64) -> Tensor:
+        """Unit vectors ``[n, e]`` of the prompts."""
+        return torch.cat([self.clip.encode_texts(prompts[i : i + batch_size]).float().cpu() for i in range(0, len(prompts), batch_size)])
+
+
+def clip_score_of(scores: Scores, text_embeddings: Tensor) -> Tensor:
+    """The CLIP score of each picture against its own prompt, ``[n]``."""
+    return clip_scores(scores.embeddings, text_embeddings)

