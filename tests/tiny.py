@@ -118,3 +118,10 @@ def write_sdxl(root: Path, prediction_type: str = "epsilon", seed: int = 0, zero
 def write_teacher(root: Path, layout: Literal["sd15", "sdxl"], prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """``write_sd15`` or ``write_sdxl``."""
     return {"sd15": write_sd15, "sdxl": write_sdxl}[layout](root, prediction_type, seed)
+
+
+def load_pipeline(folder: Path) -> Any:
+    """diffusers' own pipeline for a checkpoint of either layout."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 import tiny
 from hypersd_pipeline.conditioning import Conditioning
@@ -19,7 +18,6 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.teacher import TeacherConfig, check_shipped, load_teacher
 
 LAYOUTS = ("sd15", "sdxl")
-PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def random_conditioning(teacher, n: int) -> Conditioning:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prompts_are_encoded_as_the_pipeline_does(folders, layout):
-    pipe = PIPELINES[layout].from_pretrained(folders[layout])
+    pipe = tiny.load_pipeline(folders[layout])
     long = "cat " * 200
     prompts = [*tiny.CAPTIONS, long, ""]
     expected = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
@@ -134,7 +132,7 @@ def test_layout_is_checked(folders):
 
 def test_variant_selects_the_weight_files(folders, tmp_path):
     folder = shutil.copytree(folders["sd15"], tmp_path / "variant")
-    pipe = StableDiffusionPipeline.from_pretrained(folders["sd15"])
+    pipe = tiny.load_pipeline(folders["sd15"])
     pipe.to(torch.float16).save_pretrained(folder, variant="fp16")
     plain, half = teacher_at(folder), teacher_at(folder, variant="fp16")
     weight = "conv_in.weight"
