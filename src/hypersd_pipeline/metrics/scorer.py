@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hypersd_pipeline.metrics.clip_score import clip_scores, load_clip
+from hypersd_pipeline.metrics.clip_score import load_clip
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.metrics.features import EfficientNetLite0, load_features, metric_name
 from hypersd_pipeline.models.dual_encoder import DualEncoder, load_dual_encoder
@@ -19,9 +20,15 @@ from hypersd_pipeline.models.quality_head import load_quality_head
 class Scores:
     """Of ``n`` pictures: Frechet ``features [n, d]``, unit image ``embeddings [n, e]`` for the CLIP score, ``quality [n]``; float32 on the CPU."""
 
+    FIELDS: ClassVar = ("features", "embeddings", "quality")
     features: Tensor
     embeddings: Tensor
     quality: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[Scores]) -> Scores:
+        """Concatenate along the pictures."""
+        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.FIELDS))
 
 
 class Scorer:
@@ -52,15 +59,9 @@ class Scorer:
 
     def score_all(self, batches: Iterable[Tensor]) -> Scores:
         """Scores of all pictures of an iterable of batches, of which one is held at a time."""
-        parts = [self.score(batch) for batch in batches]
-        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("features", "embeddings", "quality")))
+        return Scores.cat([self.score(batch) for batch in batches])
 
     @torch.inference_mode()
     def text_embeddings(self, prompts: list[str], batch_size: int = 64) -> Tensor:
         """Unit vectors ``[n, e]`` of the prompts."""
         return torch.cat([self.clip.encode_texts(prompts[i : i + batch_size]).float().cpu() for i in range(0, len(prompts), batch_size)])
-
-
-def clip_score_of(scores: Scores, text_embeddings: Tensor) -> Tensor:
-    """The CLIP score of each picture against its own prompt, ``[n]``."""
-    return clip_scores(scores.embeddings, text_embeddings)

@@ -33,7 +33,7 @@ class DualEncoderTraining(Strict):
     """
 
     model: DualEncoderConfig = DualEncoderConfig()
-    steps: int = Field(default=1500, ge=1)
+    steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=512, ge=2)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.5, ge=0)

@@ -1,0 +1,44 @@
+"""Pictures for the evaluation: the same noise for the same prompt, whatever the batch size, the model and the number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.diffusion.grids import trailing_timesteps
+from hypersd_pipeline.diffusion.sampling import sample_ddim
+from hypersd_pipeline.models.teacher import Teacher
+
+
+def prompt_noise(indices: range, shape: tuple[int, int, int], seed: int) -> Tensor:
+    """Noise ``[len(indices), c, h, w]`` float32 on the CPU: one generator per prompt, seeded by (seed, index)."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed((seed << 32) + i)) for i in indices])
+
+
+def generate(
+    teacher: Teacher, cond: Conditioning, steps: int, *, seed: int, batch_size: int, uncond: Conditioning | None = None, guidance_scale: float = 1.0
+) -> Iterator[Tensor]:
+    """Sample one picture per prompt with DDIM on the trailing grid, batch by batch.
+
+    Args:
+        cond: of ``n`` prompts; ``uncond``: of one, needed for guidance.
+
+    Yields:
+        ``[b, 3, r, r]`` in [0, 1], float32.
+    """
+    timesteps = trailing_timesteps(steps, teacher.schedule.num_train_timesteps)
+    shape = (teacher.latent_channels, teacher.latent_size, teacher.latent_size)
+    denoiser = teacher.denoiser()
+    for start in range(0, len(cond), batch_size):
+        indices = range(start, min(start + batch_size, len(cond)))
+        x_T = prompt_noise(indices, shape, seed).to(teacher.device)
+        with torch.inference_mode():
+            latents = sample_ddim(
+                denoiser, x_T, cond[slice(indices.start, indices.stop)], timesteps, teacher.schedule, teacher.prediction_type,
+                uncond=uncond, guidance_scale=guidance_scale,
+            )  # fmt: skip
+            images = teacher.decode(latents)
+        yield images
