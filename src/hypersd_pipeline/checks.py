@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 from kedro.config import AbstractConfigLoader, MissingConfigException
+from kedro.framework import project
 from kedro.framework.project import pipelines
 from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
@@ -15,12 +17,11 @@ from pydantic import BaseModel, ValidationError
 
 from hypersd_pipeline.errors import UserError
 
-PIPELINES = Path(__file__).parent / "pipelines"
-
 
 def registered_pipelines() -> list[str]:
-    """Names that ``kedro run --pipelines`` accepts, read from the folders without importing them."""
-    return ["__default__", *sorted(path.parent.name for path in PIPELINES.glob("*/pipeline.py"))]
+    """Names that ``kedro run --pipelines`` accepts, read from the project's folders without importing them."""
+    folders = (files(project.PACKAGE_NAME) / "pipelines").iterdir()
+    return ["__default__", *sorted(folder.name for folder in folders if (folder / "pipeline.py").is_file())]
 
 
 def check_pipelines(names: list[str]) -> None:
@@ -123,4 +124,4 @@ def _cure(dataset: str) -> str:
     if not makers:
         return "put it there or correct its filepath in the catalog"
     smallest = min(makers, key=lambda name: len(makers[name].nodes))
-    return f"run `kedro run --pipelines {smallest}` first"
+    return f"run `kedro run --pipelines {smallest} --to-outputs {dataset}` first"

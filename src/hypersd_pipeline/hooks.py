@@ -9,16 +9,21 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import psutil
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
+
+# kedro-mlflow's model class makes MLflow warn about missing type hints on every command.
+warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method", category=UserWarning)
+
+import mlflow
 from kedro_mlflow.framework.hooks.mlflow_hook import MlflowHook
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -52,7 +57,8 @@ class TrackingHook(MlflowHook):
 
     Children carry plain metric names (``train/loss``), equal from stage to stage and run to run; the parent has the same ones with the
     stage in front (``tscd_k4/train/loss``), so that two pipeline runs compare on one page. Datasets with ``metadata: {mlflow: artifact}``
-    are uploaded, `MetricsDataset` becomes metrics, typed parameters are flattened.
+    are uploaded, `MetricsDataset` becomes metrics (``metadata: {prefix: teacher}`` puts ``teacher/`` in front), typed parameters are
+    flattened.
     """
 
     def __init__(self) -> None:
@@ -104,9 +110,10 @@ class TrackingHook(MlflowHook):
         if not mlflow.active_run() or self._catalog is None:
             return
         dataset = self._catalog.get(dataset_name)
+        metadata = getattr(dataset, "metadata", None) or {}
         if isinstance(dataset, MetricsDataset):
-            tracking.log_final(data)
-        if (getattr(dataset, "metadata", None) or {}).get("mlflow") == "artifact":
+            tracking.log_final({metadata["prefix"]: data} if "prefix" in metadata else data)
+        if metadata.get("mlflow") == "artifact":
             path = Path(dataset._filepath)  # type: ignore[union-attr]
             mlflow.log_artifacts(str(path), dataset_name) if path.is_dir() else mlflow.log_artifact(str(path))
 

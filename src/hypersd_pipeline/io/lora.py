@@ -82,7 +82,7 @@ class LoRADataset(AbstractDataset["LoRA", "LoRA"]):
         path = self._filepath / WEIGHTS
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
                 return LoRA(tensors=tensors, metadata=file.metadata() or {})
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing; run the stage that trains it, or restore it with `dvc checkout` or `dvc pull`.") from error

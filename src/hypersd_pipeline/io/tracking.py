@@ -10,6 +10,7 @@ logger = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 STAGE_TAG = "stage"
+_warned: set[str] = set()
 _BATCH = 1000  # metrics that MLflow takes in one request
 
 
@@ -30,15 +31,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "", sep: str = "/") -> dict
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of `values`; the others (text, None, NaN, infinity) are left out, a NaN with a warning."""
+    """The finite numbers of `values`; the others (text, None, NaN, infinity) are left out, a NaN or infinity with one warning per name."""
     numbers: dict[str, float] = {}
     for name, value in values.items():
         if value is None or isinstance(value, str):
             continue
         if math.isfinite(value):
             numbers[metric_name(name)] = float(value)
-        else:
-            logger.warning("%s is %s: not recorded in MLflow.", name, value)
+        elif name not in _warned:
+            _warned.add(name)
+            logger.warning("%s is %s: such values are not recorded in MLflow.", name, value)
     return numbers
 
 
