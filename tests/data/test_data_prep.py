@@ -1,0 +1,92 @@
+"""The data preparation pipeline through Kedro's catalog and runner, on its own configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from kedro.io import DataCatalog
+from kedro.io.core import DatasetError
+from kedro.runner import SequentialRunner
+
+import tiny
+from hypersd_pipeline.data.config import DataConfig, TwemojiSource
+from hypersd_pipeline.data.twemoji import TwemojiConfig
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.io.folder import FolderDataset
+from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.pipelines.data_prep import create_pipeline
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def catalog_in(root: Path, data: DataConfig, teacher: TeacherConfig) -> DataCatalog:
+    """The project's own catalog entries, with paths under ``root``."""
+    text = (CONF / "base/catalog_data.yml").read_text().replace("filepath: data/", f"filepath: {root.as_posix()}/data/")
+    catalog = DataCatalog.from_config(yaml.safe_load(text))
+    catalog["params:data"], catalog["params:teacher"] = data, teacher
+    return catalog
+
+
+def user_error_in(error: BaseException | None) -> str:
+    """The UserError inside what Kedro wrapped around it, once or twice."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return str(error)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
+    return TeacherConfig(source=str(tiny.write_teacher(tmp_path_factory.mktemp("teacher"), "sd15")))
+
+
+def test_embedded_scenes_go_through(tmp_path: Path, teacher: TeacherConfig) -> None:
+    data = DataConfig(source={"kind": "twemoji", "train": 5, "val": 1, "test": 2, "test_unseen": 1}, shard_rows=3)
+    catalog = catalog_in(tmp_path, data, teacher)
+    SequentialRunner().run(create_pipeline(), catalog)
+    cache, manifest = catalog.load("latents"), catalog.load("manifest")
+    assert {name: len(cache.split(name)) for name in cache.splits} == {"train": 5, "val": 1, "test": 2, "test_unseen": 1}
+    assert cache.parts["rows"] == manifest.key
+    rejected = pd.read_csv(tmp_path / "data/08_reporting/rejected_rows.csv")
+    assert list(rejected.columns) == ["file", "row", "split", "reason"] and rejected.empty
+
+    scenes = catalog_in(tmp_path, DataConfig(source={**data.source.model_dump(), "train": 6}), teacher)
+    SequentialRunner().run(create_pipeline().only_nodes("generate_dataset", "validate_rows"), scenes)
+    with pytest.raises(DatasetError) as refusal:
+        scenes.load("latents")
+    assert "is stale: the data set has" in user_error_in(refusal.value)
+
+
+def test_a_folder_of_ones_own_goes_through_where_it_lies(tmp_path: Path, teacher: TeacherConfig) -> None:
+    from PIL import Image
+
+    own = tmp_path / "own"
+    own.mkdir()
+    for i in range(4):
+        Image.new("RGB", (70, 90), (60 * i, 0, 0)).save(own / f"{i}.png")
+        (own / f"{i}.txt").write_text(f"shade {i}" if i else " ")
+    source = {"kind": "folder", "root": str(own), "splits": {"train": "."}}
+    catalog = catalog_in(tmp_path / "project", DataConfig(source=source), teacher)
+    SequentialRunner().run(create_pipeline(), catalog)
+    assert catalog.load("manifest").root == own and len(catalog.load("latents").split("train")) == 3
+    rejected = pd.read_csv(tmp_path / "project/data/08_reporting/rejected_rows.csv")
+    assert rejected.to_dict("records") == [{"file": "0.png", "row": "0.png", "split": "train", "reason": "the caption is empty"}]
+
+
+def test_the_configuration_in_conf_is_valid_and_says_what_the_issue_asks() -> None:
+    base = yaml.safe_load((CONF / "base/parameters_data_prep.yml").read_text())["data"]
+    smoke = yaml.safe_load((CONF / "smoke/parameters_data_prep.yml").read_text())["data"]
+    source = DataConfig(**base).source
+    assert isinstance(source, TwemojiSource) and isinstance(source.scenes(), TwemojiConfig)
+    assert (source.train, source.val, source.test, source.test_unseen) == (8000, 500, 1000, 500)
+    assert DataConfig(**{**base, **smoke, "source": {**base["source"], **smoke["source"]}}).source.train < 1000
+    other = DataConfig(**{**base, "source": {**base["source"], "kind": "coco", "root": "/data/coco"}})  # as the environments merge it
+    assert set(other.source.splits) == {"train", "val", "test"}
+
+
+def test_a_missing_folder_is_said_plainly(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as refusal:
+        FolderDataset(filepath=str(tmp_path / "none")).load()
+    assert "is missing; run" in user_error_in(refusal.value)
