@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,9 @@ from hypersd_pipeline.models.teacher import Teacher
 
 def prompt_noise(indices: range, shape: tuple[int, int, int], seed: int) -> Tensor:
     """Noise ``[len(indices), c, h, w]`` float32 on the CPU: one generator per prompt, seeded by (seed, index)."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed((seed << 32) + i)) for i in indices])
+    # torch's CPU generator looks at the low 32 bits of its seed only, so the two numbers are hashed into them.
+    seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in indices]
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 def generate(
