@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
+from diffusers import DDIMScheduler
 
-import tiny
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.teacher import TeacherConfig, check_shipped, load_teacher
@@ -122,6 +123,12 @@ def test_prediction_type_is_read_from_the_scheduler_and_can_be_set(tmp_path):
     folder = tiny.write_sd15(tmp_path, "v_prediction")
     assert teacher_at(folder, "vae").prediction_type == "v_prediction"
     assert teacher_at(folder, "vae", prediction_type="epsilon").prediction_type == "epsilon"
+
+
+def test_scheduler_config_makes_the_same_schedule(folders):
+    teacher = teacher_at(folders["sdxl"], "vae")
+    made = DDIMScheduler(**teacher.scheduler_config())
+    torch.testing.assert_close(made.alphas_cumprod, (teacher.schedule.alphas**2).float(), rtol=1e-4, atol=1e-7)
 
 
 def test_layout_is_checked(folders):

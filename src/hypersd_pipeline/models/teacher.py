@@ -72,6 +72,8 @@ class Teacher:
         self.layout = _layout(config, folder)
         self.prediction_type: PredictionType = _prediction_type(config, scheduler)
         self.schedule = Schedule.from_config(scheduler)
+        self._scheduler = scheduler
+        self._scheduler = scheduler
         self.latent_channels, self.latent_size, self.resolution = _latent_shape(config, unet, vae)
         self.scaling_factor = float(vae.get("scaling_factor", 0.18215))
         self.config = config.model_copy(
@@ -92,6 +94,11 @@ class Teacher:
     def vae(self) -> Any:
         """diffusers' ``AutoencoderKL``, frozen."""
         return _loaded(self._vae, "vae")
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The teacher's noise schedule as a diffusers scheduler takes it, to be carried by what is distilled from it."""
+        defaults = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None}
+        return {key: self._scheduler.get(key, default) for key, default in defaults.items()}
 
     def default_time_ids(self, n: int) -> Tensor | None:
         """SDXL's size conditioning of an uncropped square image: float32 ``[n, 6]``; None for SD1.5."""
@@ -156,6 +163,11 @@ class Teacher:
             return unet(x_t.to(dtype), t, **cond.to(dtype).unet_kwargs(), return_dict=False)[0]
 
         return call
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The teacher's noise schedule as diffusers scheduler settings, for the sampling contract of what is distilled from it."""
+        names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+        return {name: self._scheduler[name] for name in names if self._scheduler.get(name) is not None}
 
     def content_hash(self, part: Part) -> str:
         """sha256 over the part's config and weight files (and tokenizer files for ``text``), so that a cache knows its encoder."""
