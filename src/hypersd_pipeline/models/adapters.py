@@ -1,0 +1,129 @@
+"""Several LoRA adapters on one frozen UNet: student, EMA target and, where needed, the previous stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.diffusion.sampling import Denoiser
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.lora import PREFIX, LoRA
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+class AdaptedUNet:
+    """One UNet in memory, seen through the base weights or through any of its adapters.
+
+    The base is frozen. Only the adapters named in ``trainable`` require gradients; they are kept in float32.
+
+    Args:
+        unet: loaded, frozen; changed in place.
+        rank: of every adapter; ``lora_alpha`` equals it, so that the scale is 1.
+        target_modules: module-name endings, as peft matches them.
+        names: the adapters.
+        trainable: those that are trained.
+        start: weights for all adapters; otherwise A is random (seeded) and B zero, the same for all.
+
+    Raises:
+        UserError: no module matches ``target_modules``, or ``start`` has another rank or other modules.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, *, rank: int, target_modules: Sequence[str], names: Sequence[str] = ("student", "ema"),
+        trainable: Sequence[str] = ("student",), start: LoRA | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.unet = unet
+        self.names = tuple(names)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules), init_lora_weights="gaussian")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                unet.add_adapter(config, adapter_name=self.names[0])
+            except ValueError as error:
+                raise UserError(f"tscd.lora.target_modules: {list(target_modules)} match no module of the UNet; use names such as to_q, to_v.") from error
+            for name in self.names[1:]:
+                unet.add_adapter(config, adapter_name=name)
+        # collected once: walking the module tree at each switch would cost more than the switch
+        self._layers: list[Any] = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+        self._layer_names = [name for name, m in unet.named_modules() if isinstance(m, BaseTunerLayer)]
+        if start is not None:
+            self._load(self.names[0], start, rank)
+        for name in self.names[1:]:
+            for target, source in zip(self.parameters(name), self.parameters(self.names[0]), strict=True):
+                target.data.copy_(source.data)
+        for parameter in unet.parameters():
+            parameter.requires_grad_(False)
+        for name in trainable:
+            for parameter in self.parameters(name):
+                parameter.requires_grad_(True)
+        self.use(None)
+
+    def use(self, name: str | None) -> None:
+        """Make the UNet compute with this adapter; None is the base alone.
+
+        Sets what peft's ``set_adapter`` and ``disable_adapters`` set, without touching ``requires_grad``.
+        """
+        if name is not None and name not in self.names:
+            raise ValueError(f"unknown adapter {name!r}; there are {self.names}")
+        for layer in self._layers:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+
+    def denoiser(self, name: str | None) -> Denoiser:
+        """A denoiser that computes with this adapter, whichever was used before.
+
+        With gradient checkpointing the adapter must stay in use until the backward pass is over: call the student last.
+        """
+
+        def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            self.use(name)
+            dtype = self.unet.dtype
+            return self.unet(x_t.to(dtype), t, **cond.to(dtype=dtype).unet_kwargs(), return_dict=False)[0]
+
+        return call
+
+    def _pairs(self, name: str) -> list[tuple[str, Tensor, Tensor]]:
+        return [(n, m.lora_A[name].weight, m.lora_B[name].weight) for n, m in zip(self._layer_names, self._layers, strict=True)]
+
+    def parameters(self, name: str) -> list[torch.nn.Parameter]:
+        """The adapter's A and B, in a fixed order."""
+        return [p for _, a, b in self._pairs(name) for p in (a, b)]  # type: ignore[misc]
+
+    def export(self, name: str, metadata: dict[str, str]) -> LoRA:
+        """A copy of the adapter's weights, float32 on the CPU."""
+        tensors = {}
+        for module, a, b in self._pairs(name):
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = a.detach().float().cpu().clone()
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = b.detach().float().cpu().clone()
+        return LoRA(tensors, metadata)
+
+    def _load(self, name: str, lora: LoRA, rank: int) -> None:
+        given = lora.modules()
+        if lora.rank != rank:
+            raise UserError(f"tscd.lora.rank: {rank} differs from the previous stage's LoRA, which has rank {lora.rank}; use one rank in all stages.")
+        if set(given) != set(self._layer_names):
+            odd = sorted(set(given) ^ set(self._layer_names))[0]
+            raise UserError(f"tscd.lora.target_modules: the previous stage's LoRA has other modules ({odd} is in one only); use one list in all stages.")
+        for module, a, b in self._pairs(name):
+            a.data.copy_(given[module][0])
+            b.data.copy_(given[module][1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All adapters, for a checkpoint."""
+        return {name: [p.detach() for p in self.parameters(name)] for name in self.names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        for name in self.names:
+            for parameter, saved in zip(self.parameters(name), state_dict[name], strict=True):
+                parameter.data.copy_(saved)

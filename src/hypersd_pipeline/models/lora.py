@@ -1,0 +1,82 @@
+"""LoRA weights as a value: what stages hand on and what diffusers loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.errors import UserError
+
+PREFIX = "unet."
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank weights in diffusers' PEFT format.
+
+    Attributes:
+        tensors: ``unet.<module>.lora_A.weight`` and ``...lora_B.weight``. The scale is 1 (alpha equals the rank), so that no loader can get it wrong.
+        metadata: strings; ``sampling_contract`` is JSON (see `sampling_contract`).
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the first pair."""
+        return next(len(v) for k, v in self.tensors.items() if k.endswith("lora_A.weight"))
+
+    def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module name in the UNet -> ``(A, B)``.
+
+        Raises:
+            UserError: a key is not a UNet LoRA's, or half of a pair is missing.
+        """
+        pairs: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            name, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
+            if not key.startswith(PREFIX) or half not in ("A.weight", "B.weight"):
+                raise UserError(f"LoRA key {key!r} is not of a UNet in diffusers' PEFT format; convert the file with diffusers' save_lora_weights.")
+            pairs.setdefault(name, {})[half[0]] = tensor
+        incomplete = [name for name, pair in pairs.items() if len(pair) != 2]
+        if incomplete:
+            raise UserError(f"LoRA module {incomplete[0]!r} has only one of lora_A and lora_B; the file is damaged, fetch or train it again.")
+        return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
+
+
+def sampling_contract(steps: int, schedule_config: dict[str, Any], prediction_type: str) -> str:
+    """How a stage's LoRA must be sampled (METHOD of the paper's release): DDIM, trailing spacing, eta 0, no guidance; JSON."""
+    scheduler = {
+        **schedule_config, "prediction_type": prediction_type, "timestep_spacing": "trailing", "set_alpha_to_one": False,
+        "clip_sample": False, "steps_offset": 0,
+    }  # fmt: skip
+    contract = {"scheduler": "DDIMScheduler", "scheduler_config": scheduler, "steps": steps, "timestep_spacing": "trailing", "eta": 0.0, "guidance_scale": 1.0}
+    return json.dumps(contract, sort_keys=True)
+
+
+def _delta(a: Tensor, b: Tensor) -> Tensor:
+    """``B A`` in the shape of the weight: linear ``[out, in]``, convolution ``[out, in, kh, kw]`` (B is 1 x 1)."""
+    if a.ndim == 4:
+        return torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
+    return b @ a
+
+
+@torch.no_grad()
+def merge_lora(unet: torch.nn.Module, lora: LoRA, weight: float = 1.0) -> None:
+    """Add ``weight * B A`` to the UNet's own weights, in place.
+
+    Raises:
+        UserError: the LoRA belongs to another architecture.
+    """
+    parameters = dict(unet.named_parameters())
+    for name, (a, b) in lora.modules().items():
+        target = parameters.get(f"{name}.weight")
+        delta = _delta(a.float(), b.float())
+        if target is None or target.shape != delta.shape:
+            raise UserError(f"LoRA module {name!r} does not fit this UNet; use the LoRA with the teacher it was trained on.")
+        target += (weight * delta).to(target)

@@ -1,0 +1,94 @@
+"""Trajectory-segmented consistency distillation (Hyper-SD section 3.1, algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.diffusion.grids import segment_start
+from hypersd_pipeline.diffusion.sampling import Denoiser, guided_denoiser
+from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule, add_noise, ddim, to_x0_eps
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """The four times of each sample, int64 ``[b]``, ``t_b <= t_end <= t_prev < t_n``, all on the solver grid.
+
+    Attributes:
+        t_n: where the student stands. t_prev: ``t_{n-1}``, one solver step below. t_b: start of the student's segment. t_end: where both are compared.
+    """
+
+    t_n: Tensor
+    t_prev: Tensor
+    t_b: Tensor
+    t_end: Tensor
+
+
+def sample_timesteps(batch: int, grid: Tensor, bounds: Tensor, generator: torch.Generator) -> Timesteps:
+    """Draw ``t_n`` uniform over the grid and ``t_end`` uniform over the grid points in ``[t_b, t_{n-1}]``, both ends included.
+
+    ``t_b`` is ``max{b_j < t_n}``. Equation 11 read literally gives ``t_b > t_{n-1}`` at the first point after each boundary.
+
+    Args:
+        grid: int64 ``[N + 1]`` rising, from the clean end (`solver_grid`). bounds: int64 ``[k + 1]`` (`boundaries`), all on the grid.
+    """
+    n = torch.randint(1, len(grid), (batch,), generator=generator)
+    t_b = segment_start(grid[n], bounds)
+    low = torch.searchsorted(grid, t_b)
+    choices = n - low  # grid indices low .. n - 1
+    end = low + (torch.rand(batch, generator=generator, dtype=torch.float64) * choices).long().clamp(max=choices - 1)
+    return Timesteps(t_n=grid[n], t_prev=grid[n - 1], t_b=t_b, t_end=grid[end])
+
+
+def offset_noise(shape: tuple[int, ...], strength: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise plus ``strength * randn(b, c, 1, 1)``, the paper's "noise perturbation"; float32 ``shape = (b, c, h, w)``."""
+    noise = torch.randn(shape, generator=generator)
+    return noise + strength * torch.randn(*shape[:2], 1, 1, generator=generator)
+
+
+def noisy_input(x0: Tensor, z: Tensor, t_n: Tensor, schedule: Schedule) -> Tensor:
+    """``x_tn = alpha x0 + sigma z``; pure ``z`` at the last training timestep.
+
+    ``abar_999`` is 0.0047, so that ``alpha x0 + sigma z`` would leak the picture there, while sampling starts from pure noise (SDXL-Lightning, eq. 24).
+    """
+    last = (t_n == schedule.num_train_timesteps - 1).view(-1, 1, 1, 1)
+    return torch.where(last, z, add_noise(x0, z, t_n, schedule))
+
+
+def jump(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType) -> Tensor:
+    """``Psi(x0, eps, s)`` of the denoiser's output at ``(x_t, t)``; at least float32."""
+    x0, eps = to_x0_eps(denoiser(x_t, t, cond), x_t, t, schedule, prediction_type)
+    return ddim(x0, eps, s, schedule)
+
+
+@torch.no_grad()
+def solver_step(
+    teacher: Denoiser, x_tn: Tensor, times: Timesteps, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType,
+    *, uncond: Conditioning | None = None, guidance: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``xhat``: one DDIM step of the teacher from ``t_n`` to ``t_{n-1}``.
+
+    Args:
+        uncond, guidance: unconditional embeddings ``[b]`` and scales ``[b]``, in one batched call; None for a teacher with guidance baked in.
+    """
+    if uncond is not None and guidance is not None:
+        teacher = guided_denoiser(teacher, uncond, guidance.view(-1, 1, 1, 1))
+    return jump(teacher, x_tn, times.t_n, times.t_prev, cond, schedule, prediction_type)
+
+
+@torch.no_grad()
+def consistency_target(ema: Denoiser, xhat: Tensor, times: Timesteps, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType) -> Tensor:
+    """``Psi(ema(xhat, t_{n-1}), t_end)``; ``xhat`` itself where ``t_{n-1} = t_b``.
+
+    The segment is the student's, from ``t_n``: at ``t_{n-1} = t_b`` the network would otherwise be asked from the segment below.
+    """
+    arrived = (times.t_prev == times.t_b).view(-1, 1, 1, 1)
+    return torch.where(arrived, xhat, jump(ema, xhat, times.t_prev, times.t_end, cond, schedule, prediction_type))
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error, both at ``t_end`` (CTM would map both to the clean end first: not the same)."""
+    return (prediction.float() - target.float()).square().mean()

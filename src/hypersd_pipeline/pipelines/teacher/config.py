@@ -1,0 +1,64 @@
+"""Configuration of the shipped teacher's training."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from hypersd_pipeline.config import Strict
+from hypersd_pipeline.data.twemoji import TwemojiConfig
+from hypersd_pipeline.training.loop import LoopConfig
+
+
+class VaeConfig(Strict):
+    """The autoencoder: 64 x 64 pixels to 8 x 8 latents.
+
+    Attributes:
+        block_out_channels: few at full resolution, where each costs most.
+        kl_weight: of the mean Kullback-Leibler term per latent element; only keeps the posterior from collapsing to a point.
+        mse_weight: of the squared error, added to the absolute error.
+    """
+
+    block_out_channels: tuple[int, ...] = (16, 32, 64, 128)
+    layers_per_block: int = Field(default=1, ge=1)
+    latent_channels: int = Field(default=8, ge=1)
+    norm_num_groups: int = 8
+    kl_weight: float = Field(default=1e-4, ge=0)
+    mse_weight: float = Field(default=2.0, ge=0)
+    ema_decay: float = Field(default=0.995, ge=0, lt=1)
+    loop: LoopConfig
+
+
+class UnetConfig(Strict):
+    """The denoiser and its text encoder, trained together (Stable Diffusion takes its text encoder ready-made; ours has none to take).
+
+    Attributes:
+        caption_dropout: chance that a caption is replaced by "" (classifier-free guidance).
+        min_snr_gamma: weight ``min(snr, gamma) / snr`` on the epsilon loss (arXiv 2303.09556).
+    """
+
+    block_out_channels: tuple[int, ...] = (96, 192)
+    layers_per_block: int = Field(default=2, ge=1)
+    attention_head_dim: int = 6
+    norm_num_groups: int = 16
+    text_width: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    max_tokens: int = Field(default=40, ge=8)
+    vocabulary: int = Field(default=1600, ge=300)
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    loop: LoopConfig
+
+
+class TeacherTrainingConfig(Strict):
+    """Everything ``kedro run --pipelines teacher`` trains.
+
+    Attributes:
+        data: the scenes; only the train split is trained on.
+
+    """
+
+    data: TwemojiConfig
+    vae: VaeConfig
+    unet: UnetConfig

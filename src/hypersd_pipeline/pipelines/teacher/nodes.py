@@ -1,0 +1,102 @@
+"""Nodes of the teacher pipeline: data in, a diffusers folder out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hypersd_pipeline.data import twemoji
+from hypersd_pipeline.pipelines.teacher import unet as denoiser_training
+from hypersd_pipeline.pipelines.teacher import vae as vae_training
+from hypersd_pipeline.pipelines.teacher.config import TeacherTrainingConfig
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.training.loop import MetricStream
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+def generate_scenes(config: TeacherTrainingConfig) -> Callable[[Path], None]:
+    """A writer of the data set that the teacher is trained on."""
+    return functools.partial(twemoji.write_dataset, config=config.data)
+
+
+def read_split(dataset: Path, split: str) -> tuple[Tensor, list[str]]:
+    """Images uint8 ``[n, h, w, 3]`` and captions of one split of a generated data set, in file order."""
+    content = json.loads((dataset / "annotations" / f"captions_{split}.json").read_text())
+    caption = {a["image_id"]: a["caption"] for a in content["annotations"]}
+    images = torch.from_numpy(np.stack([np.asarray(Image.open(dataset / split / i["file_name"])) for i in content["images"]]))
+    return images, [caption[i["id"]] for i in content["images"]]
+
+
+def _data_key(config: TeacherTrainingConfig) -> str:
+    return json.dumps(config.data.model_dump(), sort_keys=True)
+
+
+def train_vae(dataset: Path, config: TeacherTrainingConfig, checkpoints: CheckpointStore, metric_stream: MetricStream) -> AutoencoderKL:
+    """Train the autoencoder on the train split."""
+    images, _ = read_split(dataset, "train")
+    return vae_training.train_vae(images, config.vae, _data_key(config), checkpoints, metric_stream)
+
+
+def train_unet(
+    dataset: Path, vae: AutoencoderKL, config: TeacherTrainingConfig, checkpoints: CheckpointStore, metric_stream: MetricStream
+) -> denoiser_training.Denoiser:
+    """Train the denoiser and its text encoder on the train split."""
+    images, captions = read_split(dataset, "train")
+    key = _data_key(config) + json.dumps(config.vae.model_dump(mode="json"), sort_keys=True)
+    return denoiser_training.train_unet(vae, images, captions, config.unet, key, checkpoints, metric_stream)
+
+
+@torch.no_grad()
+def measure_vae(dataset: Path, vae: AutoencoderKL) -> dict[str, Any]:
+    """Reconstruction on the test and unseen splits: mean over images of the peak signal-to-noise ratio, in dB for pixels in [0, 255]."""
+    figures: dict[str, Any] = {}
+    for split in ("test", "test_unseen"):
+        images, _ = read_split(dataset, split)
+        errors = []
+        for batch in images.split(64):
+            pixels = vae_training.to_unit_range(batch)
+            restored = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+            errors.append((restored - pixels).square().mean(dim=(1, 2, 3)) / 4)
+        psnr = -10 * torch.log10(torch.cat(errors))
+        figures[f"vae_psnr_{split}"] = float(psnr.mean())
+        figures[f"vae_psnr_{split}_n"] = len(psnr)
+    return figures
+
+
+def export_teacher(
+    vae: AutoencoderKL, denoiser: denoiser_training.Denoiser, figures: dict[str, Any], config: TeacherTrainingConfig
+) -> Callable[[Path], None]:
+    """A writer of the diffusers folder: fp16 safetensors, recipe and sha256 of every file."""
+    return functools.partial(_write_teacher, vae=vae, denoiser=denoiser, figures=figures, config=config)
+
+
+def _write_teacher(
+    folder: Path, *, vae: AutoencoderKL, denoiser: denoiser_training.Denoiser, figures: dict[str, Any], config: TeacherTrainingConfig
+) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(), text_encoder=denoiser.text_encoder.half(), tokenizer=denoiser.tokenizer, unet=denoiser.unet.half(),
+        scheduler=DDIMScheduler(**denoiser_training.SCHEDULER_CONFIG), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    (folder / "recipe.json").write_text(json.dumps({"config": config.model_dump(mode="json"), "figures": figures}, indent=2) + "\n")
+    write_checksums(folder)
+
+
+def write_checksums(folder: Path) -> None:
+    """``sha256.json``: relative path -> sha256 of every file of the folder but itself."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("sha256.json", "README.md", "training_curve.png"))
+    sums = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    (folder / "sha256.json").write_text(json.dumps(sums, indent=2) + "\n")

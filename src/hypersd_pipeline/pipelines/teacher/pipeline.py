@@ -1,0 +1,32 @@
+"""Wiring of the teacher's training."""
+
+from kedro.pipeline import Node, Pipeline
+
+from hypersd_pipeline.pipelines.teacher import nodes
+
+
+def create_pipeline(**kwargs: object) -> Pipeline:
+    """Scenes -> autoencoder -> denoiser and text encoder -> a diffusers folder with recipe and checksums."""
+    config = "params:teacher_training"
+    return Pipeline(
+        [
+            Node(nodes.generate_scenes, config, "teacher_dataset", name="generate_scenes"),
+            Node(
+                nodes.train_vae,
+                {"dataset": "teacher_dataset", "config": config, "checkpoints": "teacher_vae.checkpoints", "metric_stream": "teacher_vae.metric_stream"},
+                "teacher_vae",
+                name="train_vae",
+            ),
+            Node(
+                nodes.train_unet,
+                {
+                    "dataset": "teacher_dataset", "vae": "teacher_vae", "config": config,
+                    "checkpoints": "teacher_unet.checkpoints", "metric_stream": "teacher_unet.metric_stream",
+                },
+                "teacher_denoiser",
+                name="train_unet",
+            ),
+            Node(nodes.measure_vae, ["teacher_dataset", "teacher_vae"], "teacher_figures", name="measure_vae"),
+            Node(nodes.export_teacher, ["teacher_vae", "teacher_denoiser", "teacher_figures", config], "teacher_folder", name="export_teacher"),
+        ]
+    )  # fmt: skip

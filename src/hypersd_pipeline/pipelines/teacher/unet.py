@@ -1,0 +1,137 @@
+"""Train the shipped teacher's denoiser together with its text encoder, on the autoencoder's latents."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hypersd_pipeline.diffusion.schedule import Schedule, add_noise
+from hypersd_pipeline.pipelines.teacher.config import UnetConfig
+from hypersd_pipeline.pipelines.teacher.vae import to_unit_range
+from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
+from hypersd_pipeline.training.ema import ema_update
+from hypersd_pipeline.training.loop import MetricStream, train
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+SCHEDULER_CONFIG = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon", "timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": False, "clip_sample": False,
+}  # fmt: skip
+
+
+@dataclass
+class Denoiser:
+    """The trained pair and its tokenizer."""
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+
+
+def build_tokenizer(captions: Sequence[str], config: UnetConfig) -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer with a vocabulary learned from the captions; every lower-case word stays representable."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    clip = CLIPTokenizer()  # for CLIP's own normaliser and pre-tokeniser
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
+    bpe.normalizer, bpe.pre_tokenizer = clip.backend_tokenizer.normalizer, clip.backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary, special_tokens=[start, end], end_of_word_suffix="</w>", show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2,
+    )  # fmt: skip
+    single = [chr(c) for c in range(33, 127)] * 2  # so that each ASCII character exists as a word's end
+    bpe.train_from_iterator([*captions, *single], trainer)
+    state = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
+    return CLIPTokenizer(vocab=state["vocab"], merges=merges, model_max_length=config.max_tokens)
+
+
+def build_denoiser(tokenizer: CLIPTokenizer, config: UnetConfig, latent_channels: int, latent_size: int) -> Denoiser:
+    """Randomly initialised UNet and text encoder in Stable Diffusion's layout."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=config.text_width, intermediate_size=4 * config.text_width, projection_dim=config.text_width,
+            num_hidden_layers=config.text_layers, num_attention_heads=config.text_heads, max_position_embeddings=config.max_tokens,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    levels = len(config.block_out_channels)
+    unet = UNet2DConditionModel(
+        sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels, cross_attention_dim=config.text_width,
+        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block, attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
+    )  # fmt: skip
+    return Denoiser(unet, text, tokenizer)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """int64 ``[n, max_tokens]``."""
+    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior mean and std of uint8 ``[n, h, w, 3]``: two float32 ``[n, c, h/8, w/8]``."""
+    posteriors = [vae.encode(to_unit_range(batch)).latent_dist for batch in images.split(64)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+
+def epsilon_loss(output: Tensor, z: Tensor, t: Tensor, schedule: Schedule, gamma: float) -> Tensor:
+    """Squared error of the noise prediction with min-SNR weights ``min(snr_t, gamma) / snr_t`` (arXiv 2303.09556)."""
+    alpha, sigma = schedule.at(t, z)
+    snr = ((alpha / sigma) ** 2).flatten().float()
+    return (snr.clamp(max=gamma) / snr * (output - z).square().mean(dim=(1, 2, 3))).mean()
+
+
+def train_unet(
+    vae: AutoencoderKL, images: Tensor, captions: Sequence[str], config: UnetConfig, data_key: str, checkpoints: CheckpointStore, metrics: MetricStream
+) -> Denoiser:
+    """Train on uint8 images ``[n, h, w, 3]`` and their captions; returns the averaged weights."""
+    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision)
+    device = accelerator.device
+    mean, std = encode_all(vae, images)
+    tokenizer = build_tokenizer(captions, config)
+    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    torch.manual_seed(config.loop.seed)
+    model = build_denoiser(tokenizer, config, mean.shape[1], mean.shape[2])
+    network = torch.nn.ModuleDict({"unet": model.unet, "text": model.text_encoder}).to(device).train()
+    average = copy.deepcopy(network).requires_grad_(False)
+    parameters, averaged = list(network.parameters()), list(average.parameters())
+    schedule = Schedule.from_config(SCHEDULER_CONFIG)
+    batch = config.loop.batch_size // config.loop.accumulate
+
+    def loss_fn(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        picks = torch.randint(len(mean), (batch,), generator=generator)
+        x0 = mean[picks] + std[picks] * torch.randn(batch, *mean.shape[1:], generator=generator)
+        z = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(schedule.num_train_timesteps, (batch,), generator=generator)
+        dropped = torch.rand(batch, 1, generator=generator) < config.caption_dropout
+        ids = torch.where(dropped, empty, tokens[picks]).to(device)
+        x0, z, t = x0.to(device), z.to(device), t.to(device)
+        embeds = network["text"](ids).last_hidden_state
+        output = network["unet"](add_noise(x0, z, t, schedule), t, encoder_hidden_states=embeds, return_dict=False)[0]
+        return epsilon_loss(output, z, t, schedule, config.min_snr_gamma), {}
+
+    train(
+        "unet", parameters=parameters, loss_fn=loss_fn, config=config.loop, state={"network": network, "average": average},
+        key=fingerprint("unet", config.model_dump(mode="json"), data_key), checkpoints=checkpoints, metrics=metrics, accelerator=accelerator,
+        after_update=lambda: ema_update(averaged, parameters, config.ema_decay),
+    )  # fmt: skip
+    average = average.cpu().eval()
+    return Denoiser(average["unet"], average["text"], tokenizer)

@@ -1,0 +1,93 @@
+"""Train the shipped teacher's autoencoder."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from hypersd_pipeline.pipelines.teacher.config import VaeConfig
+from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
+from hypersd_pipeline.training.ema import ema_update
+from hypersd_pipeline.training.loop import MetricStream, train
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+def build_vae(config: VaeConfig, image_size: int = 64) -> AutoencoderKL:
+    """A randomly initialised ``AutoencoderKL``; without attention, so that it is local and quick."""
+    from diffusers import AutoencoderKL
+
+    levels = len(config.block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        sample_size=image_size,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 ``[b, h, w, 3]`` to float32 ``[b, 3, h, w]`` in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, config: VaeConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """``mean|x - D(z)| + a mean(x - D(z))^2 + b KL(q(z|x) || N(0, 1))`` (KL averaged per latent element); images in [-1, 1]."""
+    posterior = vae.encode(images).latent_dist
+    reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
+    absolute, squared = F.l1_loss(reconstruction, images), F.mse_loss(reconstruction, images)
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    psnr = -10 * torch.log10(squared.detach() / 4)  # images span 2
+    return absolute + config.mse_weight * squared + config.kl_weight * kl, {"psnr": psnr, "kl": kl.detach()}
+
+
+def train_vae(images: Tensor, config: VaeConfig, data_key: str, checkpoints: CheckpointStore, metrics: MetricStream) -> AutoencoderKL:
+    """Train on uint8 ``[n, h, w, 3]``; returns the averaged weights, with unit-variance latents (see `whiten_latents`)."""
+    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision)
+    torch.manual_seed(config.loop.seed)
+    vae = build_vae(config, images.shape[1]).to(accelerator.device)
+    average = copy.deepcopy(vae).requires_grad_(False)
+    parameters, averaged = list(vae.parameters()), list(average.parameters())
+    batch = config.loop.batch_size // config.loop.accumulate
+    latent = (batch, config.latent_channels, *(s // 2 ** (len(config.block_out_channels) - 1) for s in images.shape[1:3]))
+
+    def loss_fn(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        picks = torch.randint(len(images), (batch,), generator=generator)
+        noise = torch.randn(latent, generator=generator)
+        return vae_loss(vae, to_unit_range(images[picks]).to(accelerator.device), noise.to(accelerator.device), config)
+
+    train(
+        "vae", parameters=parameters, loss_fn=loss_fn, config=config.loop, state={"vae": vae, "average": average},
+        key=fingerprint("vae", config.model_dump(mode="json"), data_key), checkpoints=checkpoints, metrics=metrics, accelerator=accelerator,
+        after_update=lambda: ema_update(averaged, parameters, config.ema_decay),
+    )  # fmt: skip
+    return whiten_latents(average.cpu().eval(), images[:4096])
+
+
+@torch.no_grad()
+def whiten_latents(vae: AutoencoderKL, images: Tensor) -> AutoencoderKL:
+    """Give each latent channel zero mean and unit variance by folding the affine map into the 1 x 1 ``quant_conv`` and ``post_quant_conv``.
+
+    What Stable Diffusion's single ``scaling_factor`` does for all channels at once; the reconstruction is unchanged.
+    """
+    means = torch.cat([vae.encode(to_unit_range(b)).latent_dist.mean for b in images.split(64)])
+    shift, scale = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
+    channels = len(shift)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ shift  # decode(scale z + shift) first, while the weight is the old one
+    post.weight *= scale[None, :, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - shift) / scale
+    quant.weight[:channels] /= scale[:, None, None, None]
+    quant.bias[channels:] -= 2 * scale.log()  # the second half is the log variance
+    return vae
