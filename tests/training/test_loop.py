@@ -1,0 +1,129 @@
+"""The loop: exact resume, skipped steps, interruption, and checkpoints that do not fit."""
+
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.training.ema import ema_update
+from hypersd_pipeline.training.loop import LoopConfig, TrainingStopped, learning_rate_at, train
+
+CONFIG = LoopConfig(steps=12, batch_size=4, learning_rate=1e-2, schedule="cosine", warmup_steps=2, log_every=1, checkpoint_every=4)
+
+
+def run(path, config=CONFIG, loss=None, key="a", seed=0):
+    torch.manual_seed(seed)
+    net = torch.nn.Linear(3, 3)
+    average = torch.nn.Linear(3, 3)
+    average.load_state_dict(net.state_dict())
+    seen = []
+
+    def loss_fn(generator):
+        x = torch.randn(4, 3, generator=generator)
+        return ((net(x) - x.flip(1)) ** 2).mean() if loss is None else loss(net, x, len(seen)), {}
+
+    figures = train(
+        "toy", parameters=net.parameters(), loss_fn=loss_fn, config=config, state={"net": net, "average": average}, key=key,
+        checkpoints=CheckpointStore(path), metrics=lambda m, s: seen.append((s, m)), accelerator=Accelerator(cpu=True),
+        after_update=lambda: ema_update(list(average.parameters()), list(net.parameters()), 0.9),
+    )  # fmt: skip
+    return net.weight.detach().clone(), average.weight.detach().clone(), seen, figures
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    whole = run(tmp_path / "whole")
+
+    def interrupting(net, x, step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ((net(x) - x.flip(1)) ** 2).mean()
+
+    with pytest.raises(TrainingStopped, match="interrupted after step 7"):
+        run(tmp_path / "parts", loss=interrupting)
+    resumed = run(tmp_path / "parts", seed=99)  # the new process starts from other weights: the checkpoint must win
+    assert torch.equal(whole[0], resumed[0])
+    assert torch.equal(whole[1], resumed[1])
+    assert [s for s, _ in resumed[2]] == [8, 9, 10, 11, 12]
+
+
+def test_finished_run_is_not_repeated(tmp_path):
+    first = run(tmp_path)
+    again = run(tmp_path, seed=5)
+    assert torch.equal(first[0], again[0])
+    assert again[2] == []
+
+
+def test_changed_key_starts_anew(tmp_path):
+    run(tmp_path)
+    assert [s for s, _ in run(tmp_path, key="b")[2]][0] == 1
+
+
+def test_non_finite_steps_are_skipped_and_counted(tmp_path):
+    def sometimes(net, x, step):
+        value = ((net(x) - x) ** 2).mean()
+        return value * float("nan") if step in (3, 4) else value
+
+    weights, _, seen, figures = run(tmp_path, loss=sometimes)
+    assert figures["skipped_steps"] == 2
+    assert torch.isfinite(weights).all()
+    with pytest.raises(TrainingStopped, match="10 steps in a row.*lower the learning rate"):
+        run(tmp_path / "nan", loss=lambda net, x, step: net(x).sum() * float("nan"))
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    torch.manual_seed(0)
+    data = torch.randn(8, 3)
+    results = []
+    for accumulate in (1, 4):
+        net = torch.nn.Linear(3, 1)
+        torch.nn.init.constant_(net.weight, 0.1)
+        torch.nn.init.zeros_(net.bias)
+        chunks = iter(list(data.chunk(accumulate)) * 5)
+        train(
+            "toy", parameters=net.parameters(), loss_fn=lambda g, n=net, c=chunks: ((n(next(c)) - 1).square().mean(), {}),
+            config=LoopConfig(steps=5, batch_size=8, accumulate=accumulate, learning_rate=1e-2), state={"net": net}, key="k",
+            checkpoints=CheckpointStore(tmp_path / str(accumulate)), metrics=lambda m, s: None, accelerator=Accelerator(cpu=True),
+        )  # fmt: skip
+        results.append(net.weight.detach().clone())
+    assert torch.allclose(*results, atol=1e-6)
+
+
+def test_learning_rate_shape():
+    assert learning_rate_at(0, CONFIG) == pytest.approx(1e-2 / 3)
+    assert learning_rate_at(2, CONFIG) == pytest.approx(1e-2)
+    assert learning_rate_at(12, CONFIG) == pytest.approx(2e-4)
+    assert learning_rate_at(500, LoopConfig(steps=9, batch_size=1, learning_rate=1.0)) == 1.0
+
+
+def test_ema_by_hand():
+    target, source = [torch.tensor([1.0])], [torch.tensor([3.0])]
+    ema_update(target, source, 0.9)
+    assert target[0].item() == pytest.approx(1.2)
+
+
+def test_checkpoints_rotate_and_survive_damage(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        store.save(step, "k", {"x": torch.tensor(step)})
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002.pt", "step-00000003.pt"]
+    (tmp_path / "step-00000003.pt").write_bytes(b"cut off")
+    assert store.load("k")[0] == 2
+    (tmp_path / "step-00000002.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 2 checkpoints can be read; delete the folder"):
+        store.load("k")
+
+
+def test_checkpoint_with_code_inside_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    tmp_path.joinpath("c").mkdir()
+    torch.save({"step": 1, "key": "k", "state": Evil()}, tmp_path / "c" / "step-00000001.pt")
+    with pytest.raises(UserError):
+        CheckpointStore(tmp_path / "c").load("k")
+    assert not (tmp_path / "owned").exists()
