@@ -67,6 +67,7 @@ class Teacher:
 
     def __init__(self, config: TeacherConfig, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
+        self._remote = config.source != "shipped" and not Path(config.source).expanduser().is_dir()
         scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
         unet, vae = _read_json(folder / "unet" / "config.json"), _read_json(folder / "vae" / "config.json")
         self.layout = _layout(config, folder)
@@ -164,14 +165,11 @@ class Teacher:
 
         return call
 
-    def scheduler_config(self) -> dict[str, Any]:
-        """The teacher's noise schedule as diffusers scheduler settings, for the sampling contract of what is distilled from it."""
-        names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-        return {name: self._scheduler[name] for name in names if self._scheduler.get(name) is not None}
-
     def content_hash(self, part: Part) -> str:
         """sha256 over the part's config and weight files (and tokenizer files for ``text``), so that a cache knows its encoder."""
         if part not in self._hashes:
+            if self._remote:  # the part may not have been asked for yet; a snapshot folder is named by its commit
+                _download(self.config.model_copy(update={"revision": self.folder.name}), (part,))
             digest = hashlib.sha256()
             for file in _part_files(self.folder, part, self.config):
                 digest.update(f"{file.relative_to(self.folder).as_posix()}\0{_identity(file)}\n".encode())
