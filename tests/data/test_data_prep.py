@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import tiny
 import yaml
 from kedro.io import DataCatalog
 from kedro.io.core import DatasetError
 from kedro.runner import SequentialRunner
 
-import tiny
 from hypersd_pipeline.data.config import DataConfig, TwemojiSource
 from hypersd_pipeline.data.twemoji import TwemojiConfig
 from hypersd_pipeline.errors import UserError

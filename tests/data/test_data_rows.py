@@ -51,8 +51,8 @@ class Coco:
     def validate(self):
         folder = self.root / "annotations"
         folder.mkdir(parents=True, exist_ok=True)
-        for kind, annotations in (("captions", self.captions), ("instances", self.instances)):
-            (folder / f"{kind}_train2017.json").write_text(json.dumps({"images": self.images, "annotations": annotations}))
+        for kind, rows in (("captions", self.captions), ("instances", self.instances)):
+            (folder / f"{kind}_train2017.json").write_text(json.dumps({"images": self.images, "annotations": rows}))
         return validate(CocoSource(kind="coco", root=str(self.root), splits={"train": "train2017"}), Path("unused"), workers=2)
 
 
@@ -190,7 +190,7 @@ def test_captions_of_unknown_images_are_reported(coco: Coco) -> None:
 def test_no_good_row_is_an_error(tmp_path: Path) -> None:
     coco = Coco(tmp_path)
     coco.add(1, "gone", write=False)
-    with pytest.raises(UserError, match="no good row, 1 bad ones .*the file is missing"):
+    with pytest.raises(UserError, match=r"no good row, 1 bad ones .*the file is missing"):
         coco.validate()
 
 
@@ -285,7 +285,7 @@ def test_the_manifest_survives_a_move_and_its_key_follows_the_content(tmp_path: 
     picture(tmp_path / "moved/dataset/train/a.png", seed=1)
     assert folder(tmp_path / "moved/dataset")[0].key != manifest.key, "other pixels, same key"
     (tmp_path / "moved/manifest/train.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="damaged.*run data_prep again"):
+    with pytest.raises(UserError, match=r"damaged.*run data_prep again"):
         read_manifest(tmp_path / "moved/manifest")
     with pytest.raises(UserError, match="run data_prep first"):
         read_manifest(tmp_path / "nowhere")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
-import tiny
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.data.cache_build import build_cache, cache_parts
 from hypersd_pipeline.data.config import DataConfig, FolderSource
@@ -188,7 +188,7 @@ def test_another_teacher_is_refused(tmp_path: Path, sd15: Teacher, manifest: Man
     build_cache(tmp_path / "latents", manifest, config(), sd15)
     folder = tiny.write_teacher(tmp_path / "other", "sd15", seed=1)
     other = load_teacher(TeacherConfig(source=str(folder)), ("vae", "text"), "cpu")
-    with pytest.raises(UserError, match="the teacher's VAE has .*run data_prep again"):
+    with pytest.raises(UserError, match=r"the teacher's VAE has .*run data_prep again"):
         LatentCache(tmp_path / "latents").require_teacher(other)
     assert cache_parts(manifest, config(), other) != cache_parts(manifest, config(), sd15)
 

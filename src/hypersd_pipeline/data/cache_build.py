@@ -165,8 +165,7 @@ class _Build:
 
     @torch.inference_mode()
     def _encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        batches = [self._stored(self.teacher.encode_prompts(list(batch))) for batch in _chunks(captions, self.config.batch_size)]
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        return self._stored(self.teacher.encode_prompts(captions))  # batched there; a single call, so that one warning counts cut captions
 
     def _stored(self, cond: Conditioning) -> dict[str, Tensor]:
         tensors = {"prompt_embeds": cond.prompt_embeds, "pooled": cond.pooled}

@@ -96,7 +96,7 @@ class DataConfig(Strict):
         max_captions: per image, the first ones; None for all.
         dtype: of cached latents; text_dtype: of cached text embeddings.
         shard_rows: rows of a shard: what an interrupted run loses at most.
-        batch_size: of the encoders; workers: threads that read images.
+        batch_size: of the VAE; workers: threads that read images.
     """
 
     source: Annotated[Source, Field(discriminator="kind")]

@@ -34,4 +34,4 @@ def fit(image: Image.Image, resolution: int) -> tuple[np.ndarray, tuple[int, int
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     top, left = (height - resolution) // 2, (width - resolution) // 2
-    return np.asarray(image.crop((left, top, left + resolution, top + resolution))), (top, left)
+    return np.array(image.crop((left, top, left + resolution, top + resolution))), (top, left)

@@ -90,7 +90,7 @@ def share_of(image_id: str) -> float:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``<split>.jsonl`` per split and ``root.json``; the folder is replaced as a whole.
 
-    A root beside the manifest (the generated data set) is stored as a relative path: the files do not depend on where the project lies.
+    A root in the project's data folder, two levels up, is stored as a relative path: the files do not depend on where the project lies.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -99,7 +99,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         with open(part / f"{name}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
     root = manifest.root.absolute()
-    if root.is_relative_to(folder.absolute().parent):
+    if root.is_relative_to(folder.absolute().parents[1]):
         root = Path(os.path.relpath(root, folder.absolute()))
     (part / "root.json").write_text(
         json.dumps({"root": root.as_posix(), "splits": list(manifest.splits)}, indent=2) + "\n", encoding="utf-8"
