@@ -9,21 +9,16 @@ import shutil
 import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import psutil
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
-
-# kedro-mlflow's model class makes MLflow warn about missing type hints on every command.
-warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method", category=UserWarning)
-
-import mlflow
 from kedro_mlflow.framework.hooks.mlflow_hook import MlflowHook
 from mlflow import MlflowClient
 from mlflow.entities import Run

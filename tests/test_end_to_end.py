@@ -1,0 +1,150 @@
+"""The main job with the smoke environment, on the real command line, and what DVC makes of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from mlflow import MlflowClient
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git checkout of the project of its own, without data."""
+    folder = tmp_path_factory.mktemp("project")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        subprocess.run([*git, *command], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(project: Path) -> Run:
+    """``run("kedro", ...)``, ``run("dvc", ...)`` in the project; its own sources are the ones that run."""
+    scripts = project / ".scripts"
+    scripts.mkdir()
+    for name in ("kedro", "dvc"):
+        (scripts / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {name} "$@"\n')
+        (scripts / name).chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "KEDRO_", "DVC_"))}
+    env = {**kept, "PYTHONPATH": str(project / "src"), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "DO_NOT_TRACK": "1"}
+
+    def call(*command: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        return done
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def smoke(project: Path, run: Run) -> Path:
+    """The project after ``kedro run --env smoke``."""
+    run("kedro", "run", "--env", "smoke")
+    return project
+
+
+def test_the_run_leaves_loras_grids_and_results(smoke):
+    for k in (8, 4, 2, 1):
+        assert {path.name for path in (smoke / "data/06_models" / f"lora_k{k}").iterdir()} == {
+            "pytorch_lora_weights.safetensors",
+            "scheduler_config.json",
+            "README.md",
+        }
+    with Image.open(smoke / "data/08_reporting/results_grid.png") as grid:
+        assert grid.width > 6 * 32
+    assert "k1" in (smoke / "data/08_reporting/results.md").read_text()
+
+
+def test_diffusers_samples_from_a_lora_as_its_card_says(smoke):
+    from hypersd_pipeline.models.teacher import SHIPPED
+
+    pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    folder = smoke / "data/06_models/lora_k4"
+
+    def sample() -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a red apple", num_inference_steps=4, guidance_scale=0, generator=generator, output_type="pt").images
+
+    pipeline.scheduler = DDIMScheduler.from_pretrained(folder)
+    before = sample()
+    pipeline.load_lora_weights(str(folder))
+    after = sample()
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+
+
+def test_mlflow_has_a_run_with_four_stages_that_compare(smoke):
+    client = MlflowClient(f"sqlite:///{smoke / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("hypersd")
+    runs = {found.info.run_name: found for found in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"full_distill (smoke)", "tscd_k8", "tscd_k4", "tscd_k2", "tscd_k1"}
+    assert {found.info.status for found in runs.values()} == {"FINISHED"}
+    parent, stages = runs["full_distill (smoke)"], [found for name, found in runs.items() if name.startswith("tscd")]
+    assert parent.data.tags["data_hash"] and len({found.data.tags["data_hash"] for found in stages}) == 1
+    assert all(found.data.metrics.keys() >= {"loss", "images_per_second", "peak_memory_mb"} for found in stages)
+    assert any(name.startswith("tscd_k1/clip_score") for name in parent.data.metrics)
+    assert {path.path for path in client.list_artifacts(stages[0].info.run_id)} & {"lora_k8", "lora_k4", "lora_k2", "lora_k1"}
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, key by key."""
+    both = {**base, **over}
+    return {
+        key: merge(base[key], over[key]) if isinstance(base.get(key), dict) and isinstance(over.get(key), dict) else both[key]
+        for key in both
+    }
+
+
+def make_smoke_the_default(project: Path) -> None:
+    """Write the smoke environment's parameters into conf/base, which is what DVC follows."""
+    smoke: dict[str, Any] = {}
+    for file in sorted((project / "conf/smoke").glob("parameters*.yml")):
+        smoke = merge(smoke, yaml.safe_load(file.read_text()) or {})
+    for file in sorted((project / "conf/base").glob("parameters*.yml")):
+        base = yaml.safe_load(file.read_text()) or {}
+        file.write_text(yaml.safe_dump(merge(base, {key: value for key, value in smoke.items() if key in base})))
+
+
+def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes(smoke, run, tmp_path):
+    make_smoke_the_default(smoke)
+    run("kedro", "run", "--pipeline", "full_distill")  # trained stages continue from their last checkpoint
+    assert "up to date" in run("dvc", "repro").stdout
+
+    file = smoke / "conf/base/parameters_tscd.yml"
+    parameters = yaml.safe_load(file.read_text())
+    parameters["tscd_k2"]["stage"]["steps"] = 3
+    file.write_text(yaml.safe_dump(parameters))
+    again = run("dvc", "repro").stdout
+    assert [name for name in ("data_prep", "reference", "tscd_k8", "tscd_k4") if f"Running stage '{name}'" in again] == []
+    assert all(f"Running stage '{name}'" in again for name in ("tscd_k2", "tscd_k1", "evaluation"))
+    assert "up to date" in run("dvc", "repro").stdout
+
+    run("dvc", "remote", "add", "--local", "--default", "folder", str(tmp_path / "remote"))
+    run("dvc", "push")
+    weights = smoke / "data/06_models/lora_k1/pytorch_lora_weights.safetensors"
+    trained = weights.read_bytes()
+    shutil.rmtree(smoke / ".dvc/cache")
+    shutil.rmtree(smoke / "data/06_models/lora_k1")
+    run("dvc", "pull")
+    assert weights.read_bytes() == trained
