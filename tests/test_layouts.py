@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.data.config import DataConfig
+from hypersd_pipeline.diffusion.grids import trailing_timesteps
+from hypersd_pipeline.diffusion.sampling import sample_ddim
+from hypersd_pipeline.io.lora import LoRADataset
+from hypersd_pipeline.models.lora import LoRA, merge_lora
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.pipelines.data_prep.nodes import cache_latents, generate_dataset, validate_rows
+from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
+from hypersd_pipeline.pipelines.tscd.nodes import train_stage
+from hypersd_pipeline.training.checkpoints import CheckpointStore
 
 LAYOUTS = ("sd15", "sdxl")
 
@@ -56,3 +64,46 @@ def test_data_preparation_keeps_what_the_layout_needs(tmp_path, layout):
         crops = [(round(w * 64 / 72) - 64) // 2 for w in widths]
         assert cond.time_ids.tolist() == [[72, w, 0, left, 64, 64] for w, left in zip(widths, crops, strict=True)]
     torch.testing.assert_close(train.unconditional(1).prompt_embeds, teacher.unconditional(1).prompt_embeds)
+
+
+def distil(tmp_path: Path, teacher: TeacherConfig, latents: LatentCache) -> LoRA:
+    """Two steps of the stage k = 4, on every module that the released LoRAs change."""
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut")
+    more = ("downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+    lora = {"rank": 4, "target_modules": (*targets, *more)}
+    defaults = TscdDefaults(guidance=(3.0, 9.0), lora=lora, loop={"steps": 2, "batch_size": 4, "accumulate": 2, "learning_rate": 0.01})
+    logged: list[dict[str, float]] = []
+    trained, report = train_stage(
+        latents,
+        teacher,
+        defaults,
+        StageOverrides(segments=4, gradient_checkpointing=True),
+        CheckpointStore(tmp_path / "checkpoints"),
+        lambda metrics, step: logged.append(metrics),
+    )
+    assert logged and np.isfinite(report["final_loss"]) and report["skipped_steps"] == 0
+    return trained
+
+
+@pytest.mark.parametrize(("layout", "prediction_type"), [("sd15", "epsilon"), ("sd15", "v_prediction"), ("sdxl", "epsilon")])
+def test_a_distilled_lora_samples_in_diffusers_as_here(tmp_path, layout, prediction_type):
+    folder = tiny.write_teacher(tmp_path, layout, prediction_type)
+    config = TeacherConfig(source=str(folder))
+    lora = distil(tmp_path, config, prepare(tmp_path, config))
+    LoRADataset(filepath=str(tmp_path / "lora_k4")).save(lora)
+
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    teacher = load_teacher(config, ("unet", "text"), "cpu")
+    cond = teacher.encode_prompts(tiny.CAPTIONS[:2])
+    arguments = (noise, cond, trailing_timesteps(4), teacher.schedule, teacher.prediction_type)
+    plain = sample_ddim(teacher.denoiser(), *arguments)
+    merge_lora(teacher.unet, lora)
+    ours = sample_ddim(teacher.denoiser(), *arguments)
+
+    pipe = tiny.load_pipeline(folder)
+    pipe.load_lora_weights(tmp_path / "lora_k4")
+    pipe.scheduler = DDIMScheduler.from_pretrained(tmp_path / "lora_k4")
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(tiny.CAPTIONS[:2], num_inference_steps=4, guidance_scale=0, latents=noise, output_type="latent").images
+    assert (ours - plain).abs().max() > 1e-3  # the LoRA does something
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
