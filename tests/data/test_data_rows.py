@@ -97,7 +97,7 @@ def bad_zero_bytes(c: Coco) -> None:
 
 BAD_ROWS = {
     "missing": (bad_missing, "the file is missing"),
-    "unreadable": (bad_unreadable, "the image cannot be read"),
+    "unreadable": (bad_unreadable, "the image cannot be read (no known image format)"),
     "truncated": (bad_truncated, "the image cannot be read"),
     "zero bytes": (bad_zero_bytes, "zero bytes"),
     "empty caption": (lambda c: c.add(2, "  \n"), "the caption is empty"),
@@ -220,9 +220,9 @@ def test_folder_with_text_files(tmp_path: Path) -> None:
         ("train/sub/b.JPG", ("an owl",)),
     ]
     assert [row.file for row in manifest.splits["val"]] == ["val/e.png"]
-    assert dict(zip(table.row, table.reason, strict=True)) == {
-        "c.png": "there is no caption file c.txt",
-        "d.png": "the caption file d.txt is not UTF-8 text",
+    assert dict(zip(table.file, table.reason, strict=True)) == {
+        "train/c.png": "there is no caption file c.txt",
+        "train/d.png": "the caption file d.txt is not UTF-8 text",
     }
 
 

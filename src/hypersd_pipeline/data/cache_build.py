@@ -191,6 +191,7 @@ class _Build:
     def _write_tensors(self, name: str, tensors: dict[str, Tensor], key: str) -> None:
         part = self.path / f"{name}.part"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"key": key})
+        part.chmod(0o644)  # safetensors makes it private, and a cache is shared
         os.replace(part, self.path / name)  # a reader, or the next build, sees the whole file or none
 
     def _write_json(self, name: str, content: Any) -> None:

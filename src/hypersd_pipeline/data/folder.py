@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hypersd_pipeline.data.config import FolderSource, SplitSource
@@ -68,7 +68,7 @@ def _from_jsonl(path: Path, split: str) -> Iterator[RawRow | Rejected]:
             except ValueError:
                 record = None
             if not isinstance(record, dict):
-                yield Rejected(path.name, f"line {number}", "the line is no JSON object")
+                yield Rejected((PurePosixPath(split) / path.name).as_posix(), f"line {number}", "the line is no JSON object")
                 continue
             name = next((record[key] for key in FILE_KEYS if key in record), None)
             yield RawRow(f"line {number}", str(name or f"line {number}"), split, name, _texts(record))
@@ -85,11 +85,12 @@ def _from_text(folder: Path, split: str) -> Iterator[RawRow | Rejected]:
         if path.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith(".") for part in Path(name).parts):
             continue
         side = path.with_suffix(".txt")
+        file = (PurePosixPath(split) / name).as_posix()
         try:
             captions = [line for line in side.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except FileNotFoundError:
-            yield Rejected(name, name, f"there is no caption file {side.name}")
+            yield Rejected(file, name, f"there is no caption file {side.name}")
         except ValueError:
-            yield Rejected(name, name, f"the caption file {side.name} is not UTF-8 text")
+            yield Rejected(file, name, f"the caption file {side.name} is not UTF-8 text")
         else:
             yield RawRow(name, name, split, name, captions or [""])

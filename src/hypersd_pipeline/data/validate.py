@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import pandas as pd
+from PIL import UnidentifiedImageError
 
 from hypersd_pipeline.data.coco import mask_fault, read_coco
 from hypersd_pipeline.data.config import CocoSource, FolderSource, Source, SplitSource, TwemojiSource
@@ -107,6 +108,8 @@ def check_row(root: Path, raw: RawRow) -> tuple[Row | None, list[Rejected]]:
         width, height = _decoded_size(content)
     except FileNotFoundError:
         return None, [report("the file is missing")]
+    except UnidentifiedImageError:
+        return None, [report("the image cannot be read (no known image format)")]
     except Exception as error:  # image decoders raise whatever they like on broken content
         return None, [report(f"the image cannot be read ({str(error).replace(chr(10), ' ')[:120] or type(error).__name__})")]
     if fault := _size_fault(raw, width, height) or _instances_fault(raw, width, height):
