@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+import hypersd_pipeline  # noqa: F401  # before anything imports torchvision
+
 ROOT = Path(__file__).parents[1]
 
 FILES = {

@@ -109,11 +109,10 @@ def test_mlflow_has_a_run_with_four_stages_that_compare(smoke):
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over`, key by key."""
-    both = {**base, **over}
-    return {
-        key: merge(base[key], over[key]) if isinstance(base.get(key), dict) and isinstance(over.get(key), dict) else both[key]
-        for key in both
-    }
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged
 
 
 def make_smoke_the_default(project: Path) -> None:

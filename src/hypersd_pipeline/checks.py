@@ -20,7 +20,7 @@ from hypersd_pipeline.errors import UserError
 
 def registered_pipelines() -> list[str]:
     """Names that ``kedro run --pipelines`` accepts, read from the project's folders without importing them."""
-    folders = (files(project.PACKAGE_NAME) / "pipelines").iterdir()
+    folders = (files(project.PACKAGE_NAME or __package__) / "pipelines").iterdir()
     return ["__default__", *sorted(folder.name for folder in folders if (folder / "pipeline.py").is_file())]
 
 

@@ -90,7 +90,11 @@ class TrackingHook(MlflowHook):
         """Log the parameters in the parent run, then make the stage's own run the active one."""
         self._close_child()
         plain = {name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value for name, value in inputs.items()}
+        active, run_id = mlflow.active_run(), self.run_id
+        if active and active.info.run_id == run_id:
+            self.run_id = None  # kedro-mlflow would open the active run once more for each node
         super().before_node_run(node, catalog, plain, is_async)
+        self.run_id = run_id
         if node.namespace and self._is_mlflow_enabled and mlflow.active_run():
             self._open_child(node.namespace, plain)
 

@@ -1,6 +1,5 @@
 """One stage pipeline, instantiated once for each number of segments."""
 
-from itertools import pairwise
 from typing import Any
 
 from kedro.pipeline import Node, Pipeline
@@ -52,4 +51,4 @@ def stage_pipeline(k: int, previous: int | None) -> Pipeline:
 def create_pipeline(**_: Any) -> Pipeline:
     """The reference that stages are evaluated against, and the four stages, from many segments to one."""
     reference = evaluation.create_pipeline().only_nodes("prepare_reference")
-    return sum((stage_pipeline(k, previous) for previous, k in pairwise((None, *SEGMENTS))), reference)
+    return sum((stage_pipeline(k, previous) for previous, k in zip((None, *SEGMENTS[:-1]), SEGMENTS, strict=True)), reference)
