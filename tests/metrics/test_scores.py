@@ -39,7 +39,11 @@ def test_efficientnet_resizes_to_its_resolution() -> None:
     features = EfficientNetLite0(64)(images)
     assert features.shape == (2, 1280)
     larger = torch.nn.functional.interpolate(images, scale_factor=2, mode="nearest")
-    assert torch.allclose(EfficientNetLite0(64)(torch.nn.functional.interpolate(larger, size=(64, 64), mode="bilinear", antialias=True)), EfficientNetLite0(64)(larger), atol=1e-4)
+    assert torch.allclose(
+        EfficientNetLite0(64)(torch.nn.functional.interpolate(larger, size=(64, 64), mode="bilinear", antialias=True)),
+        EfficientNetLite0(64)(larger),
+        atol=1e-4,
+    )
 
 
 def test_inception_gives_2048_features_from_a_local_file(inception_weights: Path) -> None:

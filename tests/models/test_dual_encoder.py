@@ -93,10 +93,12 @@ def test_tiny_training_learns_the_captions_and_survives_the_file(tmp_path: Path)
     encoder, losses = encoders.train_dual_encoder(images, captions, config)
     assert losses[-1] < 0.5 * losses[0]
     assert encoders.retrieval_at_1(encoder, images, captions) > 0.5
-    again, repeated = encoders.train_dual_encoder(images, captions, config)
+    _, repeated = encoders.train_dual_encoder(images, captions, config)
     assert repeated == losses
 
-    head, report = encoders.train_quality_head(images, encoder, QualityHeadTraining(images=40, pairs_per_image=2, steps=60, batch_size=32, hidden=16))
+    head, report = encoders.train_quality_head(
+        images, encoder, QualityHeadTraining(images=40, pairs_per_image=2, steps=60, batch_size=32, hidden=16)
+    )
     assert 0 <= report["pair_accuracy"] <= 1
     worse, _ = encoders.degrade(images[4:40], np.random.default_rng(1))
     embed = [encoder.project_images(encoders.image_features(encoder, batch)) for batch in (images[4:40], worse)]
@@ -157,5 +159,5 @@ def test_every_degradation_changes_the_picture() -> None:
 
 
 def test_missing_data_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="captions_train.json"):
+    with pytest.raises(UserError, match=r"captions_train\.json"):
         encoders.read_pairs(tmp_path, "train")

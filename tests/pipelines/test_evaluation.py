@@ -21,7 +21,9 @@ from hypersd_pipeline.pipelines.evaluation.pipeline import create_pipeline
 from hypersd_pipeline.pipelines.evaluation.reference import choose_rows, fingerprint, read_reference
 from hypersd_pipeline.pipelines.evaluation.sampling import generate, prompt_noise
 
-CONFIG = EvaluationConfig(samples=10, unseen_samples=6, batch_size=4, student_steps=(1, 2), teacher_steps=(1, 3), bootstrap=100, grid_prompts=3)
+CONFIG = EvaluationConfig(
+    samples=10, unseen_samples=6, batch_size=4, student_steps=(1, 2), teacher_steps=(1, 3), bootstrap=100, grid_prompts=3
+)
 N = {"test": 12, "test_unseen": 6}
 
 
@@ -71,7 +73,7 @@ def lora(teacher: TeacherConfig, scale: float, **contract: Any) -> LoRA:
 
 def test_noise_depends_on_seed_and_prompt_only() -> None:
     shape = (4, 8, 8)
-    assert torch.equal(prompt_noise(range(0, 6), shape, 1), torch.cat([prompt_noise(range(0, 2), shape, 1), prompt_noise(range(2, 6), shape, 1)]))
+    assert torch.equal(prompt_noise(range(6), shape, 1), torch.cat([prompt_noise(range(2), shape, 1), prompt_noise(range(2, 6), shape, 1)]))
     assert not torch.equal(prompt_noise(range(1), shape, 1), prompt_noise(range(1), shape, 2))
     assert not torch.equal(prompt_noise(range(1), shape, 1), prompt_noise(range(1, 2), shape, 0))
 
@@ -111,7 +113,9 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
     for folder in (teacher_samples, stage_samples):
         folder.mkdir()
     write(teacher_samples)
-    assert sorted(p.relative_to(teacher_samples).as_posix() for p in teacher_samples.rglob("*.png")) == [f"{n}_steps/0{i}.png" for n in (1, 3) for i in range(3)]
+    assert sorted(p.relative_to(teacher_samples).as_posix() for p in teacher_samples.rglob("*.png")) == [
+        f"{n}_steps/0{i}.png" for n in (1, 3) for i in range(3)
+    ]
     rows = {key.split("/")[1].removesuffix("_low").removesuffix("_high") for key in teacher_metrics if "/" in key}
     assert rows == {"1_steps", "3_steps", "real", "recon"}
     assert teacher_metrics["samples"] == 10 and teacher_metrics["unseen_samples"] == 6
@@ -123,13 +127,17 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
 
     metrics, _, write = nodes.evaluate_stage(lora(teacher, 0.0), teacher, reference, CONFIG)
     write(stage_samples)
-    assert {f"{n}_steps" for n in (1, 2, 4)} == {p.name for p in stage_samples.iterdir()}  # the contract's four steps are added to the configured ones
+    assert {f"{n}_steps" for n in (1, 2, 4)} == {
+        p.name for p in stage_samples.iterdir()
+    }  # the contract's four steps are added to the configured ones
     for name in ("fd_efficientnet_lite0_real", "fd_efficientnet_lite0_recon", "clip_score", "image_quality"):
         low, value, high = (metrics[f"{name}/4_steps{end}"] for end in ("_low", "", "_high"))
         assert low <= value <= high
     assert "unseen_clip_score/4_steps" in metrics and "unseen_clip_score/2_steps" not in metrics
 
-    table, frame, headline, main_grid = nodes.summarise(reference, teacher_metrics, teacher_samples, CONFIG, metrics_k4=metrics, samples_k4=stage_samples)
+    table, frame, headline, main_grid = nodes.summarise(
+        reference, teacher_metrics, teacher_samples, CONFIG, metrics_k4=metrics, samples_k4=stage_samples
+    )
     assert "|k4|4|" in table and "|real pictures|-|" in table and "held out" in table
     line = frame[(frame.model == "k4") & (frame.row == "2_steps") & (frame.metric == "clip_score") & (frame.split == "test")]
     assert line.value.item() == metrics["clip_score/2_steps"] and line.samples.item() == 10
@@ -150,7 +158,7 @@ def test_empty_lora_is_the_teacher_without_guidance(reference: Path, teacher: Te
 def test_contract_is_required(teacher: TeacherConfig) -> None:
     with pytest.raises(UserError, match="sampling_contract"):
         nodes.contract_steps(LoRA({}, {}))
-    with pytest.raises(UserError, match="guidance_scale 3.0"):
+    with pytest.raises(UserError, match=r"guidance_scale 3\.0"):
         nodes.contract_steps(lora(teacher, 0.0, guidance_scale=3.0))
 
 

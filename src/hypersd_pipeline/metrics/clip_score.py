@@ -38,7 +38,9 @@ class OpenClipEncoder:
             self.model = open_clip.create_model(model, pretrained=pretrained, device=device).eval().requires_grad_(False)
             self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip raises RuntimeError, hubs raise their own
-            raise UserError(f"evaluation.clip: open_clip cannot load {model!r} with weights {pretrained!r} ({error}); see open_clip.list_pretrained().") from error
+            raise UserError(
+                f"evaluation.clip: open_clip cannot load {model!r} with weights {pretrained!r} ({error}); see open_clip.list_pretrained()."
+            ) from error
         self.device = torch.device(device)
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -70,5 +72,5 @@ def load_clip(config: ClipConfig, device: torch.device | str = "cpu") -> ImageTe
 
 
 def clip_scores(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
-    """``100 max(cos, 0)`` per pair of unit vectors ``[n, d]`` (CLIPScore, Hessel et al. 2021, in the scale of the paper's tables): ``[n]``."""
+    """``100 max(cos, 0)`` per pair of unit vectors ``[n, d]``: ``[n]`` (CLIPScore, Hessel et al. 2021, in the paper's scale)."""
     return 100 * (image_embeddings * text_embeddings).sum(-1).clamp(min=0)

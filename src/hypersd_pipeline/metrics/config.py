@@ -13,7 +13,8 @@ class FeatureConfig(Strict):
 
     Attributes:
         kind: ``efficientnet_lite0`` (packaged, the metric is ``fd_efficientnet_lite0``) or ``inception`` (the metric is ``fid_inception``).
-        resolution: images are resized to this square for EfficientNet; the embedded data's own 64 pixels cost 3.6 ms an image, 224 twelve times more.
+        resolution: images are resized to this square for EfficientNet; the embedded data's own 64 pixels cost 3.6 ms an image, 224
+            twelve times more.
             Distances at different resolutions do not compare. Inception always resizes to 299, as the FID does.
         weights: a local ``pt_inception-2015-12-05-6726825d.pth``; without it torch-fidelity downloads that file once.
     """

@@ -59,9 +59,14 @@ class Inception:
         try:
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights) if weights else None).to(device)
         except (urllib.error.URLError, OSError) as error:
-            raise UserError(f"evaluation.features: the Inception weights cannot be downloaded ({error}); give a local file in evaluation.features.weights.") from error
+            raise UserError(
+                f"evaluation.features: the Inception weights cannot be downloaded ({error}); give a local file in "
+                f"evaluation.features.weights."
+            ) from error
         except RuntimeError as error:
-            raise UserError(f"{weights}: these are not the FID's Inception-v3 weights; use pt_inception-2015-12-05-6726825d.pth.") from error
+            raise UserError(
+                f"{weights}: these are not the FID's Inception-v3 weights; use pt_inception-2015-12-05-6726825d.pth."
+            ) from error
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.network((images.clamp(0, 1) * 255).round().to(torch.uint8))[0]
@@ -70,11 +75,16 @@ class Inception:
 def _check_weights(path: Path) -> None:
     """torch-fidelity unpickles freely, so a file that is more than tensors must be refused before it sees it."""
     if not path.exists():
-        raise UserError(f"evaluation.features.weights: {path} does not exist; download pt_inception-2015-12-05-6726825d.pth there, or use kind: efficientnet_lite0.")
+        raise UserError(
+            f"evaluation.features.weights: {path} does not exist; download pt_inception-2015-12-05-6726825d.pth there, or "
+            f"use kind: efficientnet_lite0."
+        )
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # any unpickling failure
-        raise UserError(f"{path}: not a file of tensors only ({type(error).__name__}); use pt_inception-2015-12-05-6726825d.pth.") from error
+        raise UserError(
+            f"{path}: not a file of tensors only ({type(error).__name__}); use pt_inception-2015-12-05-6726825d.pth."
+        ) from error
 
 
 def load_features(config: FeatureConfig, device: torch.device | str = "cpu") -> FeatureExtractor:

@@ -43,8 +43,8 @@ def _factors(a: Tensor) -> tuple[Tensor | None, Tensor]:
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """``|mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2))`` of features ``[n, d]``, ``[m, d]``, in float64 (Heusel et al. 2017).
 
-    With ``S_x = A^T A`` and ``S_y = B^T B`` for the centred features A and B, ``tr (S_x S_y)^(1/2)`` is the nuclear norm of ``A B^T``: exact for
-    singular covariances, and no ``d x d`` matrix root. The distance is biased upwards for small n: compare rows of one n only.
+    With ``S_x = A^T A`` and ``S_y = B^T B`` for the centred features A and B, ``tr (S_x S_y)^(1/2)`` is the nuclear norm of ``A B^T``:
+    exact for singular covariances, and no ``d x d`` matrix root. The distance is biased upwards for small n: compare rows of one n only.
     """
     x, y = _check(x, y)
     a, b = _scaled(x), _scaled(y)
@@ -55,8 +55,8 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 def influence(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """How the distance answers to the weight of each row: ``f_i = dF / dw_i`` at equal weights ``w_i = 1 / n``, less a constant.
 
-    Rows with weights ``w`` have ``mu = sum w_i x_i`` and ``S = n / (n - 1) sum w_i (x_i - mu)(x_i - mu)^T``. The derivative of the nuclear norm of
-    ``M = A B^T = U s V^T`` is ``<U V^T, dM>``.
+    Rows with weights ``w`` have ``mu = sum w_i x_i`` and ``S = n / (n - 1) sum w_i (x_i - mu)(x_i - mu)^T``. The derivative of the
+    nuclear norm of ``M = A B^T = U s V^T`` is ``<U V^T, dM>``.
 
     Returns:
         ``[n]`` and ``[m]`` float64, each with mean 0.
@@ -80,10 +80,11 @@ def influence(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_estimate(x: Tensor, y: Tensor, resamples: int = 1000, seed: int = 0, paired: bool = False) -> Estimate:
     """The distance and its 95 % bootstrap interval.
 
-    Resampled rows repeat, which lowers the rank of the covariances: the distances of true resamples are biased upwards, and with n < d they spread up to
-    twice as far as repeated experiments do. The bootstrap here resamples the first-order expansion of the distance instead (its influence function): it has
-    no such bias, its width is the repeated experiments' to within a third where the distance is well above its floor, and it needs one decomposition and
-    not ``resamples``. The interval tells how far the figure would move with other samples of the same number; the distance's own bias in n stays in.
+    Resampled rows repeat, which lowers the rank of the covariances: the distances of true resamples are biased upwards, and with n < d
+    they spread up to twice as far as repeated experiments do. The bootstrap here resamples the first-order expansion of the distance
+    instead (its influence function): it has no such bias, its width is the repeated experiments' to within a third where the distance is
+    well above its floor, and it needs one decomposition and not ``resamples``. The interval tells how far the figure would move with
+    other samples of the same number; the distance's own bias in n stays in.
 
     Args:
         paired: ``x[i]`` and ``y[i]`` belong to the same prompt and are drawn together.
@@ -92,7 +93,9 @@ def frechet_estimate(x: Tensor, y: Tensor, resamples: int = 1000, seed: int = 0,
     if paired and len(f_x) != len(f_y):
         raise ValueError(f"paired features need one length, got {len(f_x)} and {len(f_y)}")
     generator = torch.Generator().manual_seed(seed)
-    moves = _resampled_means(f_x + f_y, resamples, generator) if paired else sum(_resampled_means(f, resamples, generator) for f in (f_x, f_y))
+    moves = (
+        _resampled_means(f_x + f_y, resamples, generator) if paired else sum(_resampled_means(f, resamples, generator) for f in (f_x, f_y))
+    )
     value = frechet_distance(x, y)
     low, high = _quantiles(torch.as_tensor(moves))
     return Estimate(value, max(0.0, value + low), value + high)

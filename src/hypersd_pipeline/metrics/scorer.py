@@ -18,7 +18,7 @@ from hypersd_pipeline.models.quality_head import load_quality_head
 
 @dataclass(frozen=True)
 class Scores:
-    """Of ``n`` pictures: Frechet ``features [n, d]``, unit image ``embeddings [n, e]`` for the CLIP score, ``quality [n]``; float32 on the CPU."""
+    """Of ``n`` pictures, float32 on the CPU: Frechet ``features [n, d]``, unit image ``embeddings [n, e]``, ``quality [n]``."""
 
     FIELDS: ClassVar = ("features", "embeddings", "quality")
     features: Tensor

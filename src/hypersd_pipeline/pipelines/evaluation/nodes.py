@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -53,7 +52,10 @@ def prepare_reference(manifest: Manifest, teacher: TeacherConfig, evaluation: Ev
         if name == "test_unseen" and not rows:
             continue  # other data sets have no such split
         if rows < 4:
-            raise UserError(f"manifest: the split '{name}' has {rows} good rows, the evaluation needs 4 at least; add rows to it in data.source and run data_prep again.")
+            raise UserError(
+                f"manifest: the split '{name}' has {rows} good rows, the evaluation needs 4 at least; add rows to it in "
+                f"data.source and run data_prep again."
+            )
         splits[name] = make_split(manifest, name, n, loaded, scorer, evaluation)
         log.info("Evaluation reference: %d of %d pictures of '%s'", len(splits[name]), rows, name)
     return functools.partial(write_reference, splits=splits, key=fingerprint(evaluation, loaded))
@@ -83,12 +85,23 @@ class _Bench:
         """Metrics of one number of steps on one split, and the pictures of the first ``grid_prompts`` prompts."""
         uncond = self.teacher.unconditional(1) if guidance_scale != 1 else None
         batches = generate(
-            self.teacher, self.cond[split], steps, seed=self.config.seed, batch_size=self.config.batch_size, uncond=uncond, guidance_scale=guidance_scale
+            self.teacher,
+            self.cond[split],
+            steps,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            uncond=uncond,
+            guidance_scale=guidance_scale,
         )
         shown: list[Image.Image] = []
         scores = self.scorer.score_all(_watched(batches, shown, self.config.grid_prompts))
         metrics = self.figures(split, f"{steps}_steps", scores)
-        log.info("%s, %d steps: %s", split, steps, ", ".join(f"{k.split('/')[0]} {v:.2f}" for k, v in metrics.items() if not k.endswith(("_low", "_high"))))
+        log.info(
+            "%s, %d steps: %s",
+            split,
+            steps,
+            ", ".join(f"{k.split('/')[0]} {v:.2f}" for k, v in metrics.items() if not k.endswith(("_low", "_high"))),
+        )
         return metrics, shown
 
     def figures(self, split: str, row: str, scores: Scores, against: tuple[str, ...] = ("real", "recon")) -> Metrics:
@@ -134,7 +147,8 @@ def evaluate_teacher(teacher: TeacherConfig, reference: Path, evaluation: Evalua
     """The teacher with guidance at each of ``teacher_steps``, and the real pictures and reconstructions themselves as rows.
 
     Returns:
-        Flat metrics (``fd_efficientnet_lite0_recon/25_steps`` ..., rows ``real`` and ``recon`` besides), the picture grid, a writer of the pictures.
+        Flat metrics (``fd_efficientnet_lite0_recon/25_steps`` ..., rows ``real`` and ``recon`` besides), the picture grid, a writer of
+        the pictures.
     """
     bench = _Bench.load(teacher, reference, evaluation)
     metrics, grid, samples = _evaluate(bench, evaluation.teacher_steps, max(evaluation.teacher_steps), evaluation.guidance_scale)
@@ -143,12 +157,14 @@ def evaluate_teacher(teacher: TeacherConfig, reference: Path, evaluation: Evalua
     return metrics, grid, samples
 
 
-def evaluate_stage(lora: LoRA, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig) -> tuple[Metrics, Image.Image, FolderWriter]:
+def evaluate_stage(
+    lora: LoRA, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig
+) -> tuple[Metrics, Image.Image, FolderWriter]:
     """A LoRA without guidance at each of ``student_steps``, and at its own number of steps on unseen names.
 
     Returns:
-        Flat metrics (``fd_efficientnet_lite0_recon/4_steps`` with ``_low`` and ``_high``, ``clip_score/4_steps``, ``image_quality/4_steps``,
-        ``unseen_...`` at the LoRA's own steps), the picture grid, a writer of the pictures.
+        Flat metrics (``fd_efficientnet_lite0_recon/4_steps`` with ``_low`` and ``_high``, ``clip_score/4_steps``,
+        ``image_quality/4_steps``, ``unseen_...`` at the LoRA's own steps), the picture grid, a writer of the pictures.
 
     Raises:
         UserError: the LoRA carries no sampling contract, or it asks for something other than eta 0 without guidance.
@@ -167,7 +183,10 @@ def contract_steps(lora: LoRA) -> int:
     except (KeyError, ValueError, TypeError) as error:
         raise UserError("LoRA: its metadata has no readable sampling_contract; train it again with this project.") from error
     if guidance > 1:
-        raise UserError(f"LoRA: its sampling_contract asks for guidance_scale {guidance}, few-step LoRAs are evaluated without; train it again with this project.")
+        raise UserError(
+            f"LoRA: its sampling_contract asks for guidance_scale {guidance}, few-step LoRAs are evaluated without; train it "
+            f"again with this project."
+        )
     return steps
 
 
@@ -196,8 +215,8 @@ def summarise(
         stages: ``metrics_k8`` and ``samples_k8``, and so on for each stage.
 
     Returns:
-        The table as markdown, as data frame (a line per figure), the headline figures by row, and the grid with the columns teacher-25, teacher-4,
-        k8@8, k4@4, k2@2, k1@1.
+        The table as markdown, as data frame (a line per figure), the headline figures by row, and the grid with the columns teacher-25,
+        teacher-4, k8@8, k4@4, k2@2, k1@1.
     """
     names = sorted((name.removeprefix("metrics_") for name in stages if name.startswith("metrics_")), key=lambda k: -int(k[1:]))
     frame = results.long_table({"teacher": teacher_metrics, **{k: stages[f"metrics_{k}"] for k in names}})

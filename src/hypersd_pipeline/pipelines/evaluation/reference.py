@@ -88,7 +88,9 @@ def read_reference(folder: Path, key: Mapping[str, str] | None = None) -> dict[s
     content = json.loads(path.read_text(encoding="utf-8"))
     if key is not None and content["made_with"] != dict(key):
         changed = sorted(k for k in key if content["made_with"].get(k) != key[k])
-        raise UserError(f"{path}: was made with other {', '.join(changed)}; run prepare_reference again (kedro run --nodes prepare_reference).")
+        raise UserError(
+            f"{path}: was made with other {', '.join(changed)}; run prepare_reference again (kedro run --nodes prepare_reference)."
+        )
     splits = {}
     for name, prompts in content["prompts"].items():
         tensors = load_file(folder / f"{name}.safetensors")

@@ -10,7 +10,12 @@ import pandas as pd
 from hypersd_pipeline.metrics.config import EvaluationConfig
 
 _KEY = re.compile(r"(?P<unseen>unseen_)?(?P<metric>\w+)/(?P<row>\d+_steps|real|recon)")
-_TITLES = {"fd_efficientnet_lite0": "FD EfficientNet-Lite0", "fid_inception": "FID Inception-v3", "clip_score": "CLIP score", "image_quality": "image quality"}
+_TITLES = {
+    "fd_efficientnet_lite0": "FD EfficientNet-Lite0",
+    "fid_inception": "FID Inception-v3",
+    "clip_score": "CLIP score",
+    "image_quality": "image quality",
+}
 
 
 def long_table(models: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
@@ -46,7 +51,8 @@ def markdown(frame: pd.DataFrame, config: EvaluationConfig) -> str:
     for split, title in (("test", "Seen names, new combinations (`test`)"), ("test_unseen", "Names held out altogether (`test_unseen`)")):
         part = frame[frame.split == split]
         if len(part):
-            parts.append(f"## {title}\n\n{part.samples.iloc[0]} prompts, seed {config.seed}, noise shared by all rows; teacher with guidance scale {config.guidance_scale:g}, LoRAs without; DDIM, trailing grid.\n\n{_pivot(part)}\n")
+            how = f"{part.samples.iloc[0]} prompts, seed {config.seed}, noise shared by all rows; DDIM, trailing grid"
+            parts.append(f"## {title}\n\n{how}; teacher with guidance scale {config.guidance_scale:g}, LoRAs without.\n\n{_pivot(part)}\n")
     return "\n".join(parts)
 
 
@@ -56,7 +62,9 @@ def _pivot(part: pd.DataFrame) -> str:
     lines = [head, ["-"] * len(head)]
     for (model, row), group in part.groupby(["model", "row"], sort=False):
         cells = {r.metric: f"{r.value:.4g} [{r.low:.4g}, {r.high:.4g}]" for r in group.itertuples()}
-        label = {"real": ("real pictures", "-"), "recon": ("VAE reconstructions", "-")}.get(str(row), (model, str(row).removesuffix("_steps")))
+        label = {"real": ("real pictures", "-"), "recon": ("VAE reconstructions", "-")}.get(
+            str(row), (model, str(row).removesuffix("_steps"))
+        )
         lines.append([*label, *(cells.get(m, "") for m in metrics)])
     return "\n".join("|" + "|".join(map(str, line)) + "|" for line in lines)
 

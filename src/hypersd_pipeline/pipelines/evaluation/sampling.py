@@ -22,7 +22,14 @@ def prompt_noise(indices: range, shape: tuple[int, int, int], seed: int) -> Tens
 
 
 def generate(
-    teacher: Teacher, cond: Conditioning, steps: int, *, seed: int, batch_size: int, uncond: Conditioning | None = None, guidance_scale: float = 1.0
+    teacher: Teacher,
+    cond: Conditioning,
+    steps: int,
+    *,
+    seed: int,
+    batch_size: int,
+    uncond: Conditioning | None = None,
+    guidance_scale: float = 1.0,
 ) -> Iterator[Tensor]:
     """Sample one picture per prompt with DDIM on the trailing grid, batch by batch.
 

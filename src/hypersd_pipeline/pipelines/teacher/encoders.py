@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.dual_encoder import DualEncoder, DualEncoderConfig
+from hypersd_pipeline.models.dual_encoder import TRAINED, DualEncoder, DualEncoderConfig
 from hypersd_pipeline.models.quality_head import QualityHead, QualityHeadConfig
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,9 @@ def _whiten_(encoder: DualEncoder, x: Tensor, y: Tensor) -> None:
     text.weight.data.div_(y.std(0) + 1e-3)
 
 
-def train_dual_encoder(images: Tensor, captions: Sequence[str], config: DualEncoderTraining, device: str = "cpu") -> tuple[DualEncoder, list[float]]:
+def train_dual_encoder(
+    images: Tensor, captions: Sequence[str], config: DualEncoderTraining, device: str = "cpu"
+) -> tuple[DualEncoder, list[float]]:
     """Train the projections with InfoNCE on frozen towers.
 
     Args:
@@ -137,10 +139,11 @@ def train_dual_encoder(images: Tensor, captions: Sequence[str], config: DualEnco
     x, y = image_features(encoder, images), text_features(encoder, captions)
     caption_id = _ids(captions)
     _whiten_(encoder, x, y)
-    trained = [encoder.get_parameter(f"clip.{name}") for name in ("visual.head.proj.weight", "visual.head.proj.bias", "text.proj.weight", "logit_scale")]
+    trained = [encoder.get_parameter(f"clip.{name}") for name in TRAINED]  # the logit scale last
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW([{"params": trained[:3]}, {"params": trained[3:], "weight_decay": 0.0}], lr=config.learning_rate, weight_decay=config.weight_decay)
+    groups: list[dict[str, Any]] = [{"params": trained[:3]}, {"params": trained[3:], "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=config.steps + 1, pct_start=0.1)
     losses = []
     for _ in range(config.steps):
@@ -189,7 +192,9 @@ def _jpeg(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _colour_shift(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Smooth blotches of colour: what a wrong latent decodes to."""
     low = rng.normal(0, rng.uniform(20, 60), (4, 4, 3))
-    field = np.stack([np.asarray(Image.fromarray(low[..., c].astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC)) for c in range(3)], -1)
+    field = np.stack(
+        [np.asarray(Image.fromarray(low[..., c].astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC)) for c in range(3)], -1
+    )
     return Image.fromarray((np.asarray(image, np.float32) + field).clip(0, 255).astype(np.uint8))
 
 
@@ -212,7 +217,8 @@ def _half_resolution(image: Image.Image, rng: np.random.Generator) -> Image.Imag
 
 
 DEGRADATIONS: dict[str, Degradation] = {
-    "blur": _blur, "noise": _noise, "jpeg": _jpeg, "colour_shift": _colour_shift, "patch_swap": _swap_patches, "half_resolution": _half_resolution,
+    "blur": _blur, "noise": _noise, "jpeg": _jpeg, "colour_shift": _colour_shift, "patch_swap": _swap_patches,
+    "half_resolution": _half_resolution,
 }  # fmt: skip
 
 
