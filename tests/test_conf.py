@@ -40,7 +40,7 @@ def test_environments_are_valid(env):
 def test_full_size_environments_hold_the_papers_sizes(env, source, resolution):
     values = parameters(env)
     teacher, data = TeacherConfig(**values["teacher"]), DataConfig(**values["data"])
-    assert (teacher.source, teacher.resolution, teacher.vae_dtype) == (source, resolution, "float32")
+    assert (teacher.source, teacher.resolution, teacher.dtype, teacher.vae_dtype) == (source, resolution, "float32", "float32")
     assert data.source.kind == "coco" and set(data.source.splits) == {"train", "val", "test"}
     for k in (8, 4, 2, 1):
         stage = StageOverrides(**values[f"tscd_k{k}"]["stage"]).apply(TscdDefaults(**values["tscd"]))
