@@ -16,6 +16,7 @@ class VaeConfig(Strict):
         block_out_channels: few at full resolution, where each costs most.
         kl_weight: of the mean Kullback-Leibler term per latent element; only keeps the posterior from collapsing to a point.
         mse_weight: of the squared error, added to the absolute error.
+        crop, whole_images: steps see windows of ``crop`` pixels, as many as make up ``loop.batch_size`` whole images; this share of the steps sees whole images.
     """
 
     block_out_channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -24,6 +25,8 @@ class VaeConfig(Strict):
     norm_num_groups: int = 8
     kl_weight: float = Field(default=1e-4, ge=0)
     mse_weight: float = Field(default=2.0, ge=0)
+    crop: int = Field(default=32, ge=8)
+    whole_images: float = Field(default=0.3, ge=0, le=1)
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     loop: LoopConfig
 
