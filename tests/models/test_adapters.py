@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from tests import tiny
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.adapters import AdaptedUNet
 from hypersd_pipeline.models.lora import LoRA, merge_lora
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
-from tests import tiny
 
 TARGETS = ("to_q", "to_v", "to_out.0", "conv1", "proj_in", "time_emb_proj")
 

@@ -51,7 +51,7 @@ def test_t_n_and_t_end_are_uniform():
 
 @pytest.mark.parametrize(("points", "segments"), [(50, 8), (50, 4)])
 def test_a_grid_that_misses_a_boundary_is_refused(points, segments):
-    with pytest.raises(UserError, match="solver_points.*segment boundaries.*use solver_points: 40"):
+    with pytest.raises(UserError, match=r"solver_points.*segment boundaries.*use solver_points: 40"):
         check_grid(solver_grid(points), boundaries(segments))
 
 

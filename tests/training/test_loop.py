@@ -27,10 +27,17 @@ def run(path, config=CONFIG, loss=None, key="a", seed=0):
         return ((net(x) - x.flip(1)) ** 2).mean() if loss is None else loss(net, x, len(seen)), {}
 
     figures = train(
-        "toy", parameters=net.parameters(), loss_fn=loss_fn, config=config, state={"net": net, "average": average}, key=key,
-        checkpoints=CheckpointStore(path), metrics=lambda m, s: seen.append((s, m)), accelerator=Accelerator(cpu=True),
+        "toy",
+        parameters=net.parameters(),
+        loss_fn=loss_fn,
+        config=config,
+        state={"net": net, "average": average},
+        key=key,
+        checkpoints=CheckpointStore(path),
+        metrics=lambda m, s: seen.append((s, m)),
+        accelerator=Accelerator(cpu=True),
         after_update=lambda: ema_update(list(average.parameters()), list(net.parameters()), 0.9),
-    )  # fmt: skip
+    )
     return net.weight.detach().clone(), average.weight.detach().clone(), seen, figures
 
 
@@ -59,7 +66,7 @@ def test_finished_run_is_not_repeated(tmp_path):
 
 def test_changed_key_starts_anew(tmp_path):
     run(tmp_path)
-    assert [s for s, _ in run(tmp_path, key="b")[2]][0] == 1
+    assert next(s for s, _ in run(tmp_path, key="b")[2]) == 1
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path):
@@ -67,10 +74,10 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
         value = ((net(x) - x) ** 2).mean()
         return value * float("nan") if step in (3, 4) else value
 
-    weights, _, seen, figures = run(tmp_path, loss=sometimes)
+    weights, _, _, figures = run(tmp_path, loss=sometimes)
     assert figures["skipped_steps"] == 2
     assert torch.isfinite(weights).all()
-    with pytest.raises(TrainingStopped, match="10 steps in a row.*lower the learning rate"):
+    with pytest.raises(TrainingStopped, match=r"10 steps in a row.*lower the learning rate"):
         run(tmp_path / "nan", loss=lambda net, x, step: net(x).sum() * float("nan"))
 
 
@@ -84,10 +91,16 @@ def test_accumulation_equals_one_large_batch(tmp_path):
         torch.nn.init.zeros_(net.bias)
         chunks = iter(list(data.chunk(accumulate)) * 5)
         train(
-            "toy", parameters=net.parameters(), loss_fn=lambda g, n=net, c=chunks: ((n(next(c)) - 1).square().mean(), {}),
-            config=LoopConfig(steps=5, batch_size=8, accumulate=accumulate, learning_rate=1e-2), state={"net": net}, key="k",
-            checkpoints=CheckpointStore(tmp_path / str(accumulate)), metrics=lambda m, s: None, accelerator=Accelerator(cpu=True),
-        )  # fmt: skip
+            "toy",
+            parameters=net.parameters(),
+            loss_fn=lambda g, n=net, c=chunks: ((n(next(c)) - 1).square().mean(), {}),
+            config=LoopConfig(steps=5, batch_size=8, accumulate=accumulate, learning_rate=1e-2),
+            state={"net": net},
+            key="k",
+            checkpoints=CheckpointStore(tmp_path / str(accumulate)),
+            metrics=lambda m, s: None,
+            accelerator=Accelerator(cpu=True),
+        )
         results.append(net.weight.detach().clone())
     assert torch.allclose(*results, atol=1e-6)
 

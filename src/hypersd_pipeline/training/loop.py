@@ -159,7 +159,9 @@ def train(
             meter.update(step, {"loss": loss.detach(), "grad_norm": grad_norm, **scalars}, rate, skipped)
             done = step + 1
             if bad >= config.max_bad_steps:
-                raise TrainingStopped(f"{name}: {bad} steps in a row had a non-finite loss or gradient; lower the learning rate (now {rate:g}).")
+                raise TrainingStopped(
+                    f"{name}: {bad} steps in a row had a non-finite loss or gradient; lower the learning rate (now {rate:g})."
+                )
             if done % config.checkpoint_every == 0 or done == config.steps or stop_asked():
                 save(done)
             if stop_asked() and done < config.steps:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.data.twemoji import TwemojiConfig
+from hypersd_pipeline.pipelines.teacher.encoders import DualEncoderTraining, QualityHeadTraining
 from hypersd_pipeline.training.loop import LoopConfig
 
 
@@ -16,7 +17,8 @@ class VaeConfig(Strict):
         block_out_channels: few at full resolution, where each costs most.
         kl_weight: of the mean Kullback-Leibler term per latent element; only keeps the posterior from collapsing to a point.
         mse_weight: of the squared error, added to the absolute error.
-        crop, whole_images: steps see windows of ``crop`` pixels, as many as make up ``loop.batch_size`` whole images; this share of the steps sees whole images.
+        crop, whole_images: steps see windows of ``crop`` pixels, as many as make up ``loop.batch_size`` whole images;
+            this share of the steps sees whole images.
     """
 
     block_out_channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -59,9 +61,13 @@ class TeacherTrainingConfig(Strict):
 
     Attributes:
         data: the scenes; only the train split is trained on.
+        encoder_images: how many of them the dual encoder and the image-quality head see.
 
     """
 
     data: TwemojiConfig
     vae: VaeConfig
     unet: UnetConfig
+    encoder_images: int = Field(default=8000, ge=10)
+    dual_encoder: DualEncoderTraining = DualEncoderTraining()
+    quality_head: QualityHeadTraining = QualityHeadTraining()

@@ -217,9 +217,13 @@ def _half_resolution(image: Image.Image, rng: np.random.Generator) -> Image.Imag
 
 
 DEGRADATIONS: dict[str, Degradation] = {
-    "blur": _blur, "noise": _noise, "jpeg": _jpeg, "colour_shift": _colour_shift, "patch_swap": _swap_patches,
+    "blur": _blur,
+    "noise": _noise,
+    "jpeg": _jpeg,
+    "colour_shift": _colour_shift,
+    "patch_swap": _swap_patches,
     "half_resolution": _half_resolution,
-}  # fmt: skip
+}
 
 
 def degrade(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, list[str]]:

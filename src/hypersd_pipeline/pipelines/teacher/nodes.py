@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from hypersd_pipeline.data import twemoji
+from hypersd_pipeline.models.dual_encoder import DualEncoder, save_dual_encoder
+from hypersd_pipeline.models.quality_head import QualityHead, save_quality_head
+from hypersd_pipeline.pipelines.teacher import encoders
 from hypersd_pipeline.pipelines.teacher import unet as denoiser_training
 from hypersd_pipeline.pipelines.teacher import vae as vae_training
 from hypersd_pipeline.pipelines.teacher.config import TeacherTrainingConfig
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.loop import MetricStream
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 def generate_scenes(config: TeacherTrainingConfig) -> Callable[[Path], None]:
@@ -42,14 +42,14 @@ def _data_key(config: TeacherTrainingConfig) -> str:
     return json.dumps(config.data.model_dump(), sort_keys=True)
 
 
-def train_vae(dataset: Path, config: TeacherTrainingConfig, checkpoints: CheckpointStore, metric_stream: MetricStream) -> AutoencoderKL:
+def train_vae(dataset: Path, config: TeacherTrainingConfig, checkpoints: CheckpointStore, metric_stream: MetricStream) -> Any:
     """Train the autoencoder on the train split."""
     images, _ = read_split(dataset, "train")
     return vae_training.train_vae(images, config.vae, _data_key(config), checkpoints, metric_stream)
 
 
 def train_unet(
-    dataset: Path, vae: AutoencoderKL, config: TeacherTrainingConfig, checkpoints: CheckpointStore, metric_stream: MetricStream
+    dataset: Path, vae: Any, config: TeacherTrainingConfig, checkpoints: CheckpointStore, metric_stream: MetricStream
 ) -> denoiser_training.Denoiser:
     """Train the denoiser and its text encoder on the train split."""
     images, captions = read_split(dataset, "train")
@@ -58,7 +58,7 @@ def train_unet(
 
 
 @torch.no_grad()
-def measure_vae(dataset: Path, vae: AutoencoderKL) -> dict[str, Any]:
+def measure_vae(dataset: Path, vae: Any) -> dict[str, Any]:
     """Reconstruction on the test and unseen splits: mean over images of the peak signal-to-noise ratio, in dB for pixels in [0, 255]."""
     figures: dict[str, Any] = {}
     for split in ("test", "test_unseen"):
@@ -74,22 +74,68 @@ def measure_vae(dataset: Path, vae: AutoencoderKL) -> dict[str, Any]:
     return figures
 
 
+def train_dual_encoder(dataset: Path, config: TeacherTrainingConfig) -> tuple[DualEncoder, dict[str, Any]]:
+    """Train the two projections of the dual encoder; figures are text-to-image R@1 on the test and unseen splits."""
+    images, captions = encoders.read_pairs(dataset, "train", config.encoder_images)
+    encoder, losses = encoders.train_dual_encoder(images, captions, config.dual_encoder)
+    figures: dict[str, Any] = {"dual_encoder_loss": losses[-1]}
+    for split in ("test", "test_unseen"):
+        held_out = encoders.read_pairs(dataset, split, 500)
+        figures[f"dual_encoder_r_at_1_{split}"] = encoders.retrieval_at_1(encoder, *held_out)
+        figures[f"dual_encoder_r_at_1_{split}_n"] = len(held_out[1])
+    return encoder, figures
+
+
+def train_quality_head(dataset: Path, encoder: DualEncoder, config: TeacherTrainingConfig) -> tuple[QualityHead, dict[str, Any]]:
+    """Train the image-quality head; figures are its accuracy on held-out clean-against-degraded pairs."""
+    images, _ = encoders.read_pairs(dataset, "train", config.encoder_images)
+    return encoders.train_quality_head(images, encoder, config.quality_head)
+
+
+def export_encoders(
+    encoder: DualEncoder, head: QualityHead, encoder_figures: dict[str, Any], head_figures: dict[str, Any], config: TeacherTrainingConfig
+) -> Callable[[Path], None]:
+    """A writer of ``dual_encoder.safetensors`` and ``quality_head.safetensors``, each with its recipe."""
+
+    def write(folder: Path) -> None:
+        data = config.data.model_dump()
+        save_dual_encoder(
+            encoder,
+            folder / "dual_encoder.safetensors",
+            {"data": data, "training": config.dual_encoder.model_dump(mode="json"), **encoder_figures},
+        )
+        save_quality_head(
+            head,
+            encoder,
+            folder / "quality_head.safetensors",
+            {"data": data, "training": config.quality_head.model_dump(mode="json"), **head_figures},
+        )
+
+    return write
+
+
 def export_teacher(
-    vae: AutoencoderKL, denoiser: denoiser_training.Denoiser, figures: dict[str, Any], config: TeacherTrainingConfig
+    vae: Any, denoiser: denoiser_training.Denoiser, figures: dict[str, Any], config: TeacherTrainingConfig
 ) -> Callable[[Path], None]:
     """A writer of the diffusers folder: fp16 safetensors, recipe and sha256 of every file."""
     return functools.partial(_write_teacher, vae=vae, denoiser=denoiser, figures=figures, config=config)
 
 
 def _write_teacher(
-    folder: Path, *, vae: AutoencoderKL, denoiser: denoiser_training.Denoiser, figures: dict[str, Any], config: TeacherTrainingConfig
+    folder: Path, *, vae: Any, denoiser: denoiser_training.Denoiser, figures: dict[str, Any], config: TeacherTrainingConfig
 ) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline(
-        vae=vae.half(), text_encoder=denoiser.text_encoder.half(), tokenizer=denoiser.tokenizer, unet=denoiser.unet.half(),
-        scheduler=DDIMScheduler(**denoiser_training.SCHEDULER_CONFIG), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae.half(),
+        text_encoder=denoiser.text_encoder.half(),
+        tokenizer=denoiser.tokenizer,
+        unet=denoiser.unet.half(),
+        scheduler=DDIMScheduler(**denoiser_training.SCHEDULER_CONFIG),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / "recipe.json").write_text(json.dumps({"config": config.model_dump(mode="json"), "figures": figures}, indent=2) + "\n")
     write_checksums(folder)

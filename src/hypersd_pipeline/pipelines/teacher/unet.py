@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SCHEDULER_CONFIG = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon", "timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": False, "clip_sample": False,
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "trailing",
+    "steps_offset": 0,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
 
 
 @dataclass
@@ -48,9 +55,13 @@ def build_tokenizer(captions: Sequence[str], config: UnetConfig) -> CLIPTokenize
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
     bpe.normalizer, bpe.pre_tokenizer = clip.backend_tokenizer.normalizer, clip.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary, special_tokens=[start, end], end_of_word_suffix="</w>", show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2,
-    )  # fmt: skip
+        vocab_size=config.vocabulary,
+        special_tokens=[start, end],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
+    )
     single = [chr(c) for c in range(33, 127)] * 2  # so that each ASCII character exists as a word's end
     bpe.train_from_iterator([*captions, *single], trainer)
     state = json.loads(bpe.to_str())["model"]
@@ -65,18 +76,31 @@ def build_denoiser(tokenizer: CLIPTokenizer, config: UnetConfig, latent_channels
 
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=config.text_width, intermediate_size=4 * config.text_width, projection_dim=config.text_width,
-            num_hidden_layers=config.text_layers, num_attention_heads=config.text_heads, max_position_embeddings=config.max_tokens,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=config.text_width,
+            intermediate_size=4 * config.text_width,
+            projection_dim=config.text_width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=config.text_heads,
+            max_position_embeddings=config.max_tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
     levels = len(config.block_out_channels)
     unet = UNet2DConditionModel(
-        sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels, cross_attention_dim=config.text_width,
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block, attention_head_dim=config.attention_head_dim,
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        cross_attention_dim=config.text_width,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        attention_head_dim=config.attention_head_dim,
         norm_num_groups=config.norm_num_groups,
-        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
-    )  # fmt: skip
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+    )
     return Denoiser(unet, text, tokenizer)
 
 
@@ -100,7 +124,13 @@ def epsilon_loss(output: Tensor, z: Tensor, t: Tensor, schedule: Schedule, gamma
 
 
 def train_unet(
-    vae: AutoencoderKL, images: Tensor, captions: Sequence[str], config: UnetConfig, data_key: str, checkpoints: CheckpointStore, metrics: MetricStream
+    vae: AutoencoderKL,
+    images: Tensor,
+    captions: Sequence[str],
+    config: UnetConfig,
+    data_key: str,
+    checkpoints: CheckpointStore,
+    metrics: MetricStream,
 ) -> Denoiser:
     """Train on uint8 images ``[n, h, w, 3]`` and their captions; returns the averaged weights."""
     accelerator = Accelerator(mixed_precision=config.loop.mixed_precision)
@@ -129,9 +159,16 @@ def train_unet(
         return epsilon_loss(output, z, t, schedule, config.min_snr_gamma), {}
 
     train(
-        "unet", parameters=parameters, loss_fn=loss_fn, config=config.loop, state={"network": network, "average": average},
-        key=fingerprint("unet", config.model_dump(mode="json"), data_key), checkpoints=checkpoints, metrics=metrics, accelerator=accelerator,
+        "unet",
+        parameters=parameters,
+        loss_fn=loss_fn,
+        config=config.loop,
+        state={"network": network, "average": average},
+        key=fingerprint("unet", config.model_dump(mode="json"), data_key),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        accelerator=accelerator,
         after_update=lambda: ema_update(averaged, parameters, config.ema_decay),
-    )  # fmt: skip
+    )
     average = average.cpu().eval()
     return Denoiser(average["unet"], average["text"], tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,9 +24,14 @@ log = logging.getLogger(__name__)
 
 
 def train_stage(
-    latents: LatentCache, teacher: TeacherConfig, defaults: TscdDefaults, stage: StageOverrides, checkpoints: CheckpointStore,
-    metric_stream: MetricStream, previous: LoRA | None = None,
-) -> tuple[LoRA, dict[str, float]]:  # fmt: skip
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    defaults: TscdDefaults,
+    stage: StageOverrides,
+    checkpoints: CheckpointStore,
+    metric_stream: MetricStream,
+    previous: LoRA | None = None,
+) -> tuple[LoRA, dict[str, float]]:
     """Distil one stage (Hyper-SD algorithm 1) and return its LoRA, the averaged weights, with its sampling contract, and its figures.
 
     Args:
@@ -44,16 +48,25 @@ def train_stage(
     grid, bounds = solver_grid(config.solver_points, T), boundaries(config.segments, T)
     check_grid(grid, bounds)
     if config.teacher == "previous_stage" and previous is None:
-        raise UserError(f"tscd_k{config.segments}.stage.teacher: previous_stage needs a stage before this one; use base for the first stage.")
+        raise UserError(
+            f"tscd_k{config.segments}.stage.teacher: previous_stage needs a stage before this one; use base for the first stage."
+        )
     latents.require_teacher(model)
     adapters = _adapters(model, config, previous)
     loss_fn = _Objective(latents, model, adapters, config, grid, bounds, accelerator.device)
     student, ema = adapters.parameters("student"), adapters.parameters("ema")
     report = train(
-        f"tscd_k{config.segments}", parameters=student, loss_fn=loss_fn, config=config.loop, state={"adapters": adapters},
+        f"tscd_k{config.segments}",
+        parameters=student,
+        loss_fn=loss_fn,
+        config=config.loop,
+        state={"adapters": adapters},
         key=fingerprint(config.model_dump(mode="json"), latents.key, model.content_hash("unet"), _lora_key(previous)),
-        checkpoints=checkpoints, metrics=metric_stream, accelerator=accelerator, after_update=lambda: ema_update(ema, student, config.ema_decay),
-    )  # fmt: skip
+        checkpoints=checkpoints,
+        metrics=metric_stream,
+        accelerator=accelerator,
+        after_update=lambda: ema_update(ema, student, config.ema_decay),
+    )
     return adapters.export("ema", _metadata(config, model, latents)), report
 
 
@@ -69,10 +82,17 @@ def _adapters(model: Teacher, config: StageConfig, previous: LoRA | None) -> Ada
 
 
 class _Objective:
-    """Draws a batch and computes the loss of one step: teacher, EMA target, then the student, whose adapter stays in use for the backward pass."""
+    """The loss of one step: teacher, EMA target, then the student, whose adapter stays in use for the backward pass."""
 
     def __init__(
-        self, latents: LatentCache, model: Teacher, adapters: AdaptedUNet, config: StageConfig, grid: Tensor, bounds: Tensor, device: torch.device
+        self,
+        latents: LatentCache,
+        model: Teacher,
+        adapters: AdaptedUNet,
+        config: StageConfig,
+        grid: Tensor,
+        bounds: Tensor,
+        device: torch.device,
     ) -> None:
         self.data, self.config, self.grid, self.bounds, self.device = latents.split("train"), config, grid, bounds, device
         self.schedule, self.prediction_type = model.schedule, model.prediction_type
