@@ -1,8 +1,8 @@
 """The embedded data set: captioned scenes of one to three Twemoji on coloured backgrounds, with exact instance masks, in COCO format.
 
 Every scene is a function of (seed, split, index), so a larger data set begins with the smaller one. A scene belongs to a split by a hash
-of its background colour and the set of names in it: validation and test hold combinations (name, colour, place, company) that training never saw.
-``test_unseen`` holds names that no other split has.
+of its background colour and the set of names in it: validation and test hold combinations (name, colour, place, company) that training
+never saw. ``test_unseen`` holds names that no other split has.
 """
 
 from __future__ import annotations

@@ -95,4 +95,4 @@ def merge_lora(unet: torch.nn.Module, lora: LoRA, weight: float = 1.0) -> None:
         delta = _delta(a.float(), b.float())
         if target is None or target.shape != delta.shape:
             raise UserError(f"LoRA module {name!r} does not fit this UNet; use the LoRA with the teacher it was trained on.")
-        target += (weight * delta).to(target)
+        target.add_((weight * delta).to(target))

@@ -122,7 +122,9 @@ class _Objective:
 
 
 def _lora_key(lora: LoRA | None) -> str | None:
-    return lora and fingerprint({k: [float(v.double().sum()), float(v.double().square().sum())] for k, v in lora.tensors.items()})
+    if lora is None:
+        return None
+    return fingerprint({k: [float(v.double().sum()), float(v.double().square().sum())] for k, v in lora.tensors.items()})
 
 
 def _metadata(config: StageConfig, model: Teacher, latents: LatentCache) -> dict[str, str]:
