@@ -132,7 +132,7 @@ def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes
 
     file = smoke / "conf/base/parameters_tscd.yml"
     parameters = yaml.safe_load(file.read_text())
-    parameters["tscd_k2"]["stage"]["steps"] = 3
+    parameters["tscd_k2"]["stage"]["loop"] = {"steps": 4}
     file.write_text(yaml.safe_dump(parameters))
     again = run("dvc", "repro").stdout
     assert [name for name in ("data_prep", "reference", "tscd_k8", "tscd_k4") if f"Running stage '{name}'" in again] == []

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.errors import UserError
@@ -77,13 +77,6 @@ class TwemojiConfig(Strict):
     test: int = Field(default=1000, ge=1)
     test_unseen: int = Field(default=500, ge=1)
     seed: int = 0
-
-    @model_validator(mode="after")
-    def _enough_names(self) -> TwemojiConfig:
-        available = len(drawable_names())
-        if self.names + self.unseen_names > available:
-            raise ValueError(f"names + unseen_names is {self.names + self.unseen_names}, but only {available} drawable names exist")
-        return self
 
 
 @dataclass(frozen=True)
@@ -196,7 +189,13 @@ def write_dataset(root: Path, config: TwemojiConfig) -> None:
     """Write the four splits in COCO format: ``annotations/{captions,instances}_<split>.json`` and ``<split>/<image id>.png``.
 
     A data set that this configuration has already written is left as it is; ``dataset.json``, written last, tells.
+
+    Raises:
+        UserError: more names are asked for than there are drawable ones.
     """
+    available, asked = len(drawable_names()), config.names + config.unseen_names
+    if asked > available:  # not in the config's own validation: reading the pictures takes seconds, at every command
+        raise UserError(f"data.source: names + unseen_names is {asked}, but there are only {available} drawable names; ask for fewer.")
     record = {
         **config.model_dump(),
         "drawn_with": _digest("v1", *drawable_names()[: config.names], *drawable_names()[-config.unseen_names :]),

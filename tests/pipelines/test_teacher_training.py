@@ -1,0 +1,95 @@
+"""The teacher's training: its formulas, and a tiny run from scenes to a folder that diffusers loads."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from hypersd_pipeline.data.twemoji import TwemojiConfig
+from hypersd_pipeline.diffusion.schedule import Schedule
+from hypersd_pipeline.models.teacher import check_shipped
+from hypersd_pipeline.pipelines.teacher import nodes, unet, vae
+from hypersd_pipeline.pipelines.teacher.config import TeacherTrainingConfig, UnetConfig, VaeConfig
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+
+LOOP = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "log_every": 1}
+VAE = VaeConfig(block_out_channels=(8, 16, 16, 16), latent_channels=4, norm_num_groups=4, loop=LOOP)
+UNET = UnetConfig(
+    block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, norm_num_groups=4, text_width=16, text_layers=1, text_heads=2,
+    vocabulary=400, loop=LOOP,
+)  # fmt: skip
+
+
+def test_whitening_keeps_the_reconstruction_and_normalises_the_latents():
+    torch.manual_seed(0)
+    model = vae.build_vae(VAE).eval()
+    images = torch.randint(0, 256, (64, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.quant_conv.bias[:4] += torch.tensor([3.0, -1.0, 0.5, 2.0])
+        model.quant_conv.weight[:4] *= 5
+        pixels = vae.to_unit_range(images[:8])
+        before = model.encode(pixels).latent_dist
+        restored = model.decode(before.mean).sample
+        std, scale = before.std, torch.cat([model.encode(vae.to_unit_range(b)).latent_dist.mean for b in images.split(16)]).std(dim=(0, 2, 3))
+        vae.whiten_latents(model, images)
+        after = model.encode(pixels).latent_dist
+        everything = torch.cat([model.encode(vae.to_unit_range(b)).latent_dist.mean for b in images.split(16)])
+        assert torch.allclose(model.decode(after.mean).sample, restored, atol=1e-4)
+        assert torch.allclose(after.std * scale[None, :, None, None], std, rtol=1e-3)
+    assert torch.allclose(everything.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(everything.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3)
+
+
+def test_epsilon_loss_by_hand():
+    schedule = Schedule.from_config(unet.SCHEDULER_CONFIG)
+    t = torch.tensor([10, 900])
+    snr = (schedule.alphas / schedule.sigmas)[t] ** 2
+    output, z = torch.zeros(2, 1, 2, 2), torch.stack([torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), 2.0)])
+    by_hand = (5 / snr[0] * 1.0 + 1.0 * 4.0) / 2  # snr at 10 is above gamma, at 900 below
+    assert unet.epsilon_loss(output, z, t, schedule, 5.0).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_vae_loss_by_hand_on_a_perfect_standard_posterior():
+    class Perfect:
+        def encode(self, images):
+            self.images = images
+            moments = {"mean": torch.zeros(1), "std": torch.ones(1), "var": torch.ones(1), "logvar": torch.zeros(1)}
+            return type("O", (), {"latent_dist": type("P", (), moments)})
+
+        def decode(self, z):
+            return type("O", (), {"sample": self.images + 0.5})
+
+    loss, scalars = vae.vae_loss(Perfect(), torch.zeros(1, 3, 8, 8), torch.zeros(1), VaeConfig(mse_weight=2.0, kl_weight=7.0, loop=LOOP))
+    assert loss.item() == pytest.approx(0.5 + 2 * 0.25)
+    assert scalars["kl"].item() == 0
+    assert scalars["psnr"].item() == pytest.approx(12.0412, abs=1e-3)  # error 0.5 of a range of 2
+
+
+def test_tokenizer_is_clips_and_represents_new_words():
+    tokenizer = unet.build_tokenizer(["a fox on the left, blue background", "an owl at the top, red background"] * 4, UNET)
+    ids = tokenizer("An OWL on the xylophone!").input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "anowlonthexylophone!"
+    assert unet.tokenize(tokenizer, [""]).shape == (1, UNET.max_tokens)
+
+
+def test_tiny_run_ends_in_a_stable_diffusion_folder(tmp_path):
+    config = TeacherTrainingConfig(data=TwemojiConfig(train=12, val=2, test=6, test_unseen=4), vae=VAE, unet=UNET)
+    data, out = tmp_path / "data", tmp_path / "teacher"
+    data.mkdir()
+    nodes.generate_scenes(config)(data)
+    seen = []
+    store = [CheckpointStore(tmp_path / name) for name in ("vae", "unet")]
+    autoencoder = nodes.train_vae(data, config, store[0], lambda m, s: seen.append(m))
+    denoiser = nodes.train_unet(data, autoencoder, config, store[1], lambda m, s: seen.append(m))
+    figures = nodes.measure_vae(data, autoencoder)
+    assert 0 < figures["vae_psnr_test"] < 40 and figures["vae_psnr_test_n"] == 6
+    nodes.export_teacher(autoencoder, denoiser, figures, config)(out)
+    assert {"loss", "psnr", "images_per_second"} <= set(seen[0])
+    assert json.loads((out / "recipe.json").read_text())["config"]["data"]["train"] == 12
+    check_shipped(out)
+    pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a fox", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    assert image.shape == (1, 64, 64, 3)
