@@ -19,6 +19,7 @@ class VaeConfig(Strict):
         mse_weight: of the squared error, added to the absolute error.
         crop, whole_images: steps see windows of ``crop`` pixels, as many as make up ``loop.batch_size`` whole images;
             this share of the steps sees whole images.
+        decoder_loop: a second training of the decoder alone, with the latents as they are; None for none.
     """
 
     block_out_channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -31,6 +32,7 @@ class VaeConfig(Strict):
     whole_images: float = Field(default=0.3, ge=0, le=1)
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     loop: LoopConfig
+    decoder_loop: LoopConfig | None = None
 
 
 class UnetConfig(Strict):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hypersd_pipeline.diffusion.schedule import Schedule, add_noise
 from hypersd_pipeline.pipelines.teacher.config import UnetConfig
-from hypersd_pipeline.pipelines.teacher.vae import to_unit_range
+from hypersd_pipeline.pipelines.teacher.vae import encode_all
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
 from hypersd_pipeline.training.ema import ema_update
 from hypersd_pipeline.training.loop import MetricStream, train
@@ -107,13 +107,6 @@ def build_denoiser(tokenizer: CLIPTokenizer, config: UnetConfig, latent_channels
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """int64 ``[n, max_tokens]``."""
     return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-
-@torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior mean and std of uint8 ``[n, h, w, 3]``: two float32 ``[n, c, h/8, w/8]``."""
-    posteriors = [vae.encode(to_unit_range(batch)).latent_dist for batch in images.split(64)]
-    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
 
 def epsilon_loss(output: Tensor, z: Tensor, t: Tensor, schedule: Schedule, gamma: float) -> Tensor:

@@ -101,13 +101,61 @@ def train_vae(images: Tensor, config: VaeConfig, data_key: str, checkpoints: Che
         loss_fn=loss_fn,
         config=config.loop,
         state={"vae": vae, "average": average},
-        key=fingerprint("vae", config.model_dump(mode="json"), data_key),
+        key=fingerprint("vae", config.model_dump(mode="json", exclude={"decoder_loop"}), data_key),
         checkpoints=checkpoints,
         metrics=metrics,
         accelerator=accelerator,
         after_update=lambda: ema_update(averaged, parameters, config.ema_decay),
     )
     return whiten_latents(average.cpu().eval(), images[:4096])
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior mean and std of uint8 ``[n, h, w, 3]``: two float32 ``[n, c, h/8, w/8]``."""
+    posteriors = [vae.encode(to_unit_range(batch)).latent_dist for batch in images.split(64)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+
+def train_decoder(
+    vae: AutoencoderKL, images: Tensor, config: VaeConfig, data_key: str, checkpoints: CheckpointStore, metrics: MetricStream
+) -> AutoencoderKL:
+    """Train the decoder alone for ``config.decoder_loop``, on whole images and latents encoded once; returns a new autoencoder.
+
+    The latents stay what they are, so that the denoiser can be trained on them at the same time.
+    """
+    if config.decoder_loop is None:
+        return vae
+    loop = config.decoder_loop
+    accelerator = Accelerator(mixed_precision=loop.mixed_precision)
+    mean, std = encode_all(vae, images)
+    tuned = copy.deepcopy(vae).to(accelerator.device).train()
+    average = copy.deepcopy(tuned).requires_grad_(False)
+    parameters = [*tuned.decoder.parameters(), *tuned.post_quant_conv.parameters()]
+    averaged = [*average.decoder.parameters(), *average.post_quant_conv.parameters()]
+    batch = loop.batch_size // loop.accumulate
+
+    def loss_fn(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        picks = torch.randint(len(images), (batch,), generator=generator)
+        z = mean[picks] + std[picks] * torch.randn(batch, *mean.shape[1:], generator=generator)
+        pixels = to_unit_range(images[picks]).to(accelerator.device)
+        restored = tuned.decode(z.to(accelerator.device)).sample
+        squared = F.mse_loss(restored, pixels)
+        return F.l1_loss(restored, pixels) + config.mse_weight * squared, {"psnr": -10 * torch.log10(squared.detach() / 4)}
+
+    train(
+        "decoder",
+        parameters=parameters,
+        loss_fn=loss_fn,
+        config=loop,
+        state={"decoder": tuned.decoder, "post": tuned.post_quant_conv, "average": average},
+        key=fingerprint("decoder", config.model_dump(mode="json"), data_key),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        accelerator=accelerator,
+        after_update=lambda: ema_update(averaged, parameters, config.ema_decay),
+    )
+    return average.cpu().eval()
 
 
 @torch.no_grad()
