@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -89,6 +90,8 @@ def test_tiny_run_ends_in_a_stable_diffusion_folder(tmp_path):
     assert {"loss", "psnr", "images_per_second"} <= set(seen[0])
     assert json.loads((out / "recipe.json").read_text())["config"]["data"]["train"] == 12
     check_shipped(out)
+    grid = nodes.sample_teacher(out, data, config)
+    assert grid.width == 8 * 132 and np.asarray(grid)[:128, :128].std() > 0
     pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a fox", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images

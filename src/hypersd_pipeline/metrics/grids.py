@@ -34,3 +34,17 @@ def labelled_grid(columns: Sequence[tuple[str, Sequence[Image.Image]]], prompts:
             resample = Image.Resampling.NEAREST if picture.width <= cell else Image.Resampling.LANCZOS
             grid.paste(picture.convert("RGB").resize((cell, cell), resample), (x, HEADER + row * (cell + GAP)))
     return grid
+
+
+def captioned_grid(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 8, cell: int = 128) -> Image.Image:
+    """Pictures in reading order, each with its caption under it."""
+    lines, line_height = 4, 13
+    height = cell + lines * line_height + GAP
+    rows = -(-len(pictures) // columns)
+    grid = Image.new("RGB", (columns * (cell + GAP), rows * height), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=10)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = i % columns * (cell + GAP), i // columns * height
+        grid.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST), (x, y))
+        draw.multiline_text((x, y + cell), "\n".join(textwrap.wrap(caption, cell // 5)[:lines]), fill="black", font=font, spacing=1)
+    return grid

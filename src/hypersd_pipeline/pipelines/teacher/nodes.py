@@ -15,8 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from hypersd_pipeline.data import twemoji
+from hypersd_pipeline.metrics.grids import captioned_grid, to_pil
 from hypersd_pipeline.models.dual_encoder import DualEncoder, save_dual_encoder
 from hypersd_pipeline.models.quality_head import QualityHead, save_quality_head
+from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
+from hypersd_pipeline.pipelines.evaluation.sampling import generate
 from hypersd_pipeline.pipelines.teacher import encoders
 from hypersd_pipeline.pipelines.teacher import unet as denoiser_training
 from hypersd_pipeline.pipelines.teacher import vae as vae_training
@@ -145,6 +148,23 @@ def _write_teacher(
     pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / "recipe.json").write_text(json.dumps({"config": config.model_dump(mode="json"), "figures": figures}, indent=2) + "\n")
     write_checksums(folder)
+
+
+def sample_teacher(folder: Path, dataset: Path, config: TeacherTrainingConfig) -> Image.Image:
+    """The first 32 test captions, each sampled once: 25 DDIM steps, guidance scale 3, noise by ``unet.loop.seed``."""
+    teacher = load_teacher(TeacherConfig(source=str(folder)))
+    _, captions = read_split(dataset, "test")
+    prompts = captions[:32]
+    batches = generate(
+        teacher,
+        teacher.encode_prompts(prompts),
+        25,
+        seed=config.unet.loop.seed,
+        batch_size=32,
+        uncond=teacher.unconditional(1),
+        guidance_scale=3.0,
+    )
+    return captioned_grid([to_pil(image) for batch in batches for image in batch], prompts)
 
 
 def write_checksums(folder: Path) -> None:

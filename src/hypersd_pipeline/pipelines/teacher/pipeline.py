@@ -53,6 +53,7 @@ def create_pipeline(**kwargs: object) -> Pipeline:
                 "teacher_folder",
                 name="export_teacher",
             ),
+            Node(nodes.sample_teacher, ["teacher_folder", "teacher_dataset", config], "teacher_training_grid", name="sample_teacher"),
             Node(
                 nodes.train_dual_encoder, ["teacher_dataset", config], ["dual_encoder", "dual_encoder_figures"], name="train_dual_encoder"
             ),
