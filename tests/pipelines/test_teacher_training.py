@@ -15,7 +15,7 @@ from hypersd_pipeline.pipelines.teacher.config import TeacherTrainingConfig, Une
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 
 LOOP = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "log_every": 1}
-VAE = VaeConfig(block_out_channels=(8, 16, 16, 16), latent_channels=4, norm_num_groups=4, loop=LOOP)
+VAE = VaeConfig(block_out_channels=(8, 16, 16, 16), latent_channels=4, norm_num_groups=4, loop=LOOP, decoder_loop=LOOP)
 UNET = UnetConfig(
     block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, norm_num_groups=4, text_width=16, text_layers=1, text_heads=2,
     vocabulary=400, loop=LOOP,
@@ -81,9 +81,13 @@ def test_tiny_run_ends_in_a_stable_diffusion_folder(tmp_path):
     data.mkdir()
     nodes.generate_scenes(config)(data)
     seen = []
-    store = [CheckpointStore(tmp_path / name) for name in ("vae", "unet")]
+    store = [CheckpointStore(tmp_path / name) for name in ("vae", "unet", "decoder")]
     autoencoder = nodes.train_vae(data, config, store[0], lambda m, s: seen.append(m))
-    denoiser = nodes.train_unet(data, autoencoder, config, store[1], lambda m, s: seen.append(m))
+    latents = nodes.encode_latents(data, autoencoder)
+    denoiser = nodes.train_unet(data, latents, config, store[1], lambda m, s: seen.append(m))
+    encoder = {k: v.clone() for k, v in autoencoder.encoder.state_dict().items()}
+    autoencoder = nodes.train_decoder(data, autoencoder, latents, config, store[2], lambda m, s: seen.append(m))
+    assert all(torch.equal(v, encoder[k]) for k, v in autoencoder.encoder.state_dict().items())
     figures = nodes.measure_vae(data, autoencoder)
     assert 0 < figures["vae_psnr_test"] < 40 and figures["vae_psnr_test_n"] == 6
     nodes.export_teacher(autoencoder, denoiser, figures, config)(out)

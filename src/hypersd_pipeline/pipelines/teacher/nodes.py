@@ -51,19 +51,35 @@ def train_vae(dataset: Path, config: TeacherTrainingConfig, checkpoints: Checkpo
     return vae_training.train_vae(images, config.vae, _data_key(config), checkpoints, metric_stream)
 
 
-def train_decoder(dataset: Path, vae: Any, config: TeacherTrainingConfig, checkpoints: CheckpointStore, metric_stream: MetricStream) -> Any:
+def encode_latents(dataset: Path, vae: Any) -> tuple[Tensor, Tensor]:
+    """Posterior mean and std of the train split, two float32 ``[n, c, h, w]``; decoder and denoiser are trained on them."""
+    return vae_training.encode_all(vae, read_split(dataset, "train")[0])
+
+
+def train_decoder(
+    dataset: Path,
+    vae: Any,
+    latents: tuple[Tensor, Tensor],
+    config: TeacherTrainingConfig,
+    checkpoints: CheckpointStore,
+    metric_stream: MetricStream,
+) -> Any:
     """Train the decoder on, with the latents as they are."""
     images, _ = read_split(dataset, "train")
-    return vae_training.train_decoder(vae, images, config.vae, _data_key(config), checkpoints, metric_stream)
+    return vae_training.train_decoder(vae, images, latents, config.vae, _data_key(config), checkpoints, metric_stream)
 
 
 def train_unet(
-    dataset: Path, vae: Any, config: TeacherTrainingConfig, checkpoints: CheckpointStore, metric_stream: MetricStream
+    dataset: Path,
+    latents: tuple[Tensor, Tensor],
+    config: TeacherTrainingConfig,
+    checkpoints: CheckpointStore,
+    metric_stream: MetricStream,
 ) -> denoiser_training.Denoiser:
     """Train the denoiser and its text encoder on the train split."""
-    images, captions = read_split(dataset, "train")
+    captions = read_split(dataset, "train")[1]
     key = _data_key(config) + json.dumps(config.vae.model_dump(mode="json", exclude={"decoder_loop"}), sort_keys=True)
-    return denoiser_training.train_unet(vae, images, captions, config.unet, key, checkpoints, metric_stream)
+    return denoiser_training.train_unet(latents, captions, config.unet, key, checkpoints, metric_stream)
 
 
 @torch.no_grad()

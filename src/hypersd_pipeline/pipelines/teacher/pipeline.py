@@ -22,11 +22,12 @@ def create_pipeline(**kwargs: object) -> Pipeline:
                 "teacher_vae",
                 name="train_vae",
             ),
+            Node(nodes.encode_latents, ["teacher_dataset", "teacher_vae"], "teacher_latents", name="encode_latents"),
             Node(
                 nodes.train_unet,
                 {
                     "dataset": "teacher_dataset",
-                    "vae": "teacher_vae",
+                    "latents": "teacher_latents",
                     "config": config,
                     "checkpoints": "teacher_unet.checkpoints",
                     "metric_stream": "teacher_unet.metric_stream",
@@ -39,6 +40,7 @@ def create_pipeline(**kwargs: object) -> Pipeline:
                 {
                     "dataset": "teacher_dataset",
                     "vae": "teacher_vae",
+                    "latents": "teacher_latents",
                     "config": config,
                     "checkpoints": "teacher_decoder.checkpoints",
                     "metric_stream": "teacher_decoder.metric_stream",

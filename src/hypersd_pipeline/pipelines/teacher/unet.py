@@ -14,13 +14,12 @@ from torch import Tensor
 
 from hypersd_pipeline.diffusion.schedule import Schedule, add_noise
 from hypersd_pipeline.pipelines.teacher.config import UnetConfig
-from hypersd_pipeline.pipelines.teacher.vae import encode_all
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
 from hypersd_pipeline.training.ema import ema_update
 from hypersd_pipeline.training.loop import MetricStream, train
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SCHEDULER_CONFIG = {
@@ -117,18 +116,17 @@ def epsilon_loss(output: Tensor, z: Tensor, t: Tensor, schedule: Schedule, gamma
 
 
 def train_unet(
-    vae: AutoencoderKL,
-    images: Tensor,
+    latents: tuple[Tensor, Tensor],
     captions: Sequence[str],
     config: UnetConfig,
     data_key: str,
     checkpoints: CheckpointStore,
     metrics: MetricStream,
 ) -> Denoiser:
-    """Train on uint8 images ``[n, h, w, 3]`` and their captions; returns the averaged weights."""
+    """Train on the latents' posterior mean and std, two ``[n, c, h, w]``, and their captions; returns the averaged weights."""
     accelerator = Accelerator(mixed_precision=config.loop.mixed_precision)
     device = accelerator.device
-    mean, std = encode_all(vae, images)
+    mean, std = latents
     tokenizer = build_tokenizer(captions, config)
     tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     torch.manual_seed(config.loop.seed)

@@ -118,9 +118,15 @@ def encode_all(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_decoder(
-    vae: AutoencoderKL, images: Tensor, config: VaeConfig, data_key: str, checkpoints: CheckpointStore, metrics: MetricStream
+    vae: AutoencoderKL,
+    images: Tensor,
+    latents: tuple[Tensor, Tensor],
+    config: VaeConfig,
+    data_key: str,
+    checkpoints: CheckpointStore,
+    metrics: MetricStream,
 ) -> AutoencoderKL:
-    """Train the decoder alone for ``config.decoder_loop``, on whole images and latents encoded once; returns a new autoencoder.
+    """Train the decoder alone for ``config.decoder_loop``, on whole images and their latents (`encode_all`); returns a new autoencoder.
 
     The latents stay what they are, so that the denoiser can be trained on them at the same time.
     """
@@ -128,7 +134,7 @@ def train_decoder(
         return vae
     loop = config.decoder_loop
     accelerator = Accelerator(mixed_precision=loop.mixed_precision)
-    mean, std = encode_all(vae, images)
+    mean, std = latents
     tuned = copy.deepcopy(vae).to(accelerator.device).train()
     average = copy.deepcopy(tuned).requires_grad_(False)
     parameters = [*tuned.decoder.parameters(), *tuned.post_quant_conv.parameters()]
