@@ -62,7 +62,7 @@ def sampling_contract(steps: int, schedule_config: dict[str, Any], prediction_ty
         "timestep_spacing": "trailing",
         "set_alpha_to_one": False,
         "clip_sample": False,
-        "steps_offset": 0,
+        "steps_offset": 1,
     }
     contract = {
         "scheduler": "DDIMScheduler",

@@ -29,7 +29,7 @@ SCHEDULER_CONFIG = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
     "timestep_spacing": "trailing",
-    "steps_offset": 0,
+    "steps_offset": 1,
     "set_alpha_to_one": False,
     "clip_sample": False,
 }

@@ -135,7 +135,7 @@ def train_decoder(
     loop = config.decoder_loop
     accelerator = Accelerator(mixed_precision=loop.mixed_precision)
     mean, std = latents
-    tuned = copy.deepcopy(vae).to(accelerator.device).train()
+    tuned = copy.deepcopy(vae).to(accelerator.device).train().requires_grad_(True)
     average = copy.deepcopy(tuned).requires_grad_(False)
     parameters = [*tuned.decoder.parameters(), *tuned.post_quant_conv.parameters()]
     averaged = [*average.decoder.parameters(), *average.post_quant_conv.parameters()]

@@ -1,0 +1,104 @@
+"""A TSCD stage as a whole: exact resume, carrying weights on, the solver's two teachers, and its refusals."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from test_layouts import prepare
+
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
+from hypersd_pipeline.pipelines.tscd.nodes import train_stage
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+
+DEFAULTS = TscdDefaults(
+    guidance=(3.0, 5.0),
+    lora={"rank": 2, "target_modules": ("to_q", "to_v", "conv1")},
+    loop={"steps": 4, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "checkpoint_every": 2},
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage")
+    teacher = TeacherConfig(source=str(tiny.write_sd15(folder)))
+    return teacher, prepare(folder, teacher)
+
+
+def stage(made, path, overrides=None, previous=None, stream=lambda metrics, step: None, defaults=DEFAULTS):
+    teacher, latents = made
+    return train_stage(latents, teacher, defaults, overrides or StageOverrides(segments=4), CheckpointStore(path), stream, previous)
+
+
+def same(a, b):
+    return a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(made, tmp_path):
+    whole, _ = stage(made, tmp_path / "whole")
+
+    def dies(metrics, step):
+        if step == 3:
+            raise RuntimeError("the machine went away")
+
+    with pytest.raises(RuntimeError, match="went away"):
+        stage(made, tmp_path / "parts", stream=dies)
+    steps = []
+    resumed, _ = stage(made, tmp_path / "parts", stream=lambda metrics, step: steps.append(step))
+    assert steps == [3, 4]
+    assert same(whole, resumed)
+
+
+def test_the_next_stage_starts_from_the_last_and_moves(made, tmp_path):
+    first, _ = stage(made, tmp_path / "a", StageOverrides(segments=8))
+    frozen = DEFAULTS.model_copy(update={"ema_decay": 0.999999})
+    second, _ = stage(made, tmp_path / "b", StageOverrides(segments=4), previous=first, defaults=frozen)
+    # the target network has hardly moved from where the stage began: the weights of the stage before
+    assert all(torch.allclose(second.tensors[k], first.tensors[k], atol=1e-6) for k in first.tensors)
+    moved, _ = stage(made, tmp_path / "c", StageOverrides(segments=4), previous=first)
+    assert any(not torch.allclose(moved.tensors[k], first.tensors[k], atol=1e-4) for k in first.tensors)
+    assert json.loads(moved.metadata["sampling_contract"])["steps"] == 4
+
+
+def test_another_start_makes_the_checkpoint_stale(made, tmp_path):
+    first, _ = stage(made, tmp_path / "a", StageOverrides(segments=8))
+    other, _ = stage(made, tmp_path / "b", StageOverrides(segments=8, loop={"seed": 1}))
+    one, _ = stage(made, tmp_path / "shared", previous=first)
+    two, _ = stage(made, tmp_path / "shared", previous=other)
+    assert not same(one, two)
+
+
+def test_previous_stage_as_teacher_needs_no_unconditional_half(made, tmp_path, monkeypatch):
+    from hypersd_pipeline.data.cache import SplitCache
+
+    first, _ = stage(made, tmp_path / "a", StageOverrides(segments=8))
+    asked = []
+    original = SplitCache.unconditional
+    monkeypatch.setattr(SplitCache, "unconditional", lambda self, *a: asked.append(1) or original(self, *a))
+    baked, _ = stage(made, tmp_path / "b", StageOverrides(segments=4, teacher="previous_stage"), previous=first)
+    assert asked == []
+    based, _ = stage(made, tmp_path / "c", StageOverrides(segments=4), previous=first)
+    assert len(asked) == 4
+    assert not same(baked, based)
+
+
+def test_refusals_come_before_any_step(made, tmp_path):
+    steps = []
+
+    def stream(metrics, step):
+        steps.append(step)
+
+    with pytest.raises(UserError, match="previous_stage needs a stage before"):
+        stage(made, tmp_path, StageOverrides(segments=8, teacher="previous_stage"), stream=stream)
+    with pytest.raises(UserError, match=r"segment boundaries.*use solver_points: 40"):
+        stage(made, tmp_path, StageOverrides(segments=8, solver_points=50), stream=stream)
+    other = TeacherConfig(source=str(tiny.write_sd15(tmp_path, seed=1)))
+    with pytest.raises(UserError, match="is stale"):
+        stage((other, made[1]), tmp_path, stream=stream)
+    with pytest.raises(ValueError, match="rising pair"):
+        stage(made, tmp_path, StageOverrides(segments=8, guidance=(5.0, 2.0)), stream=stream)
+    with pytest.raises(ValueError, match="loop has no key 'step'"):
+        StageOverrides(segments=8, loop={"step": 1})
+    assert steps == []
