@@ -81,7 +81,7 @@ def distil(tmp_path: Path, teacher: TeacherConfig, latents: LatentCache) -> LoRA
         CheckpointStore(tmp_path / "checkpoints"),
         lambda metrics, step: logged.append(metrics),
     )
-    assert logged and np.isfinite(report["final_loss"]) and report["skipped_steps"] == 0
+    assert logged and np.isfinite(report["final_loss"]) and report["total_skipped_steps"] == 0
     return trained
 
 

@@ -49,14 +49,21 @@ def check_parameters(loader: AbstractConfigLoader, root: Path) -> None:
         parameters = loader["parameters"]
     except MissingConfigException:
         return
+    checked: dict[str, BaseModel] = {}
     for key, model in TypeExtractor(dict(pipelines)).extract_types_from_pipelines().items():
         value = _lookup(parameters, key.split("."))
         if value is None or not (isinstance(model, type) and issubclass(model, BaseModel)):
             continue
         try:
-            model.model_validate(value)
+            checked[key] = model.model_validate(value)
         except ValidationError as error:
             raise UserError(_sentence(error, key, loader, root)) from error
+    for key, stage in checked.items():
+        if "tscd" in checked and hasattr(stage, "check_with"):  # a stage is complete only with what all stages share
+            try:
+                stage.check_with(checked["tscd"])
+            except ValidationError as error:
+                raise UserError(_sentence(error, key, loader, root)) from error
 
 
 def _lookup(values: Any, path: list[str]) -> Any:

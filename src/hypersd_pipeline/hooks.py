@@ -155,14 +155,34 @@ class DvcHook:
     """Writes ``dvc.lock`` after a full run with the base configuration, so that ``dvc repro`` then has nothing to do.
 
     Left out where DVC itself started the run, outside a git or DVC checkout, and for a run that dvc.yaml does not describe: another
-    environment, extra parameters, or a part of the pipeline.
+    environment, a configuration from elsewhere or with local overrides, extra parameters, a part of the pipeline, or code and
+    configuration that changed while it ran.
     """
+
+    def __init__(self) -> None:
+        self._conf_source: Path | None = None
+        self._began_with: list[tuple[str, int, int]] = []
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Remember where the configuration comes from."""
+        self._conf_source = Path(context.config_loader.conf_source)
+
+    @hook_impl
+    def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
+        """Remember the state of code and configuration."""
+        self._began_with = _sources(Path(run_params["project_path"]))
 
     @hook_impl(trylast=True)
     def after_pipeline_run(self, run_params: dict[str, Any]) -> None:
         """Run ``dvc commit``; a failure is a warning, since the results themselves are safe."""
         root = Path(run_params["project_path"])
-        if not _described_by_dvc(run_params, root):
+        if not _described_by_dvc(run_params, root) or self._conf_source != root / "conf":
+            return
+        if self._began_with != _sources(root):
+            logger.warning(
+                "dvc.lock was not updated: code or configuration changed during the run; `dvc repro` will run what that concerns."
+            )
             return
         dvc = shutil.which("dvc", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
         if dvc is None:
@@ -174,15 +194,25 @@ class DvcHook:
             logger.info("dvc.lock updated: `dvc repro` has nothing to do until code, data or parameters change.")
 
 
+def _sources(root: Path) -> list[tuple[str, int, int]]:
+    """Path, time and size of everything that dvc.yaml's code and parameter dependencies can name."""
+    files = [*(root / "src").rglob("*.py"), *(root / "conf" / "base").glob("*"), root / "dvc.yaml"]
+    return sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
+
+
 def _described_by_dvc(run_params: dict[str, Any], root: Path) -> bool:
-    filters = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "runtime_params")
+    filters = (
+        *("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "runtime_params"),
+        "only_missing_outputs",
+    )
     whole = (run_params["pipeline_names"] or ["__default__"]) in (["__default__"], ["full_distill"])
-    overridden = run_params["env"] == "local" and any((root / "conf" / "local").glob("**/*.yml"))
+    local = run_params["env"] in (None, "local")
+    overridden = local and any(file.suffix in (".yml", ".yaml", ".json") for file in (root / "conf" / "local").rglob("*"))
     return (
         whole
         and run_params["env"] in (None, "base", "local")
         and not overridden
-        and not any(run_params[name] for name in filters)
+        and not any(run_params.get(name) for name in filters)
         and "DVC_ROOT" not in os.environ
         and all((root / name).exists() for name in (".git", ".dvc", "dvc.yaml"))
     )

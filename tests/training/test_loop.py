@@ -5,12 +5,11 @@ import signal
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.ema import ema_update
-from hypersd_pipeline.training.loop import LoopConfig, TrainingStopped, learning_rate_at, train
+from hypersd_pipeline.training.loop import LoopConfig, TrainingStopped, learning_rate_at, make_accelerator, train
 
 CONFIG = LoopConfig(steps=12, batch_size=4, learning_rate=1e-2, schedule="cosine", warmup_steps=2, log_every=1, checkpoint_every=4)
 
@@ -35,7 +34,7 @@ def run(path, config=CONFIG, loss=None, key="a", seed=0):
         key=key,
         checkpoints=CheckpointStore(path),
         metrics=lambda m, s: seen.append((s, m)),
-        accelerator=Accelerator(cpu=True),
+        accelerator=make_accelerator(CONFIG),
         after_update=lambda: ema_update(list(average.parameters()), list(net.parameters()), 0.9),
     )
     return net.weight.detach().clone(), average.weight.detach().clone(), seen, figures
@@ -62,11 +61,25 @@ def test_finished_run_is_not_repeated(tmp_path):
     again = run(tmp_path, seed=5)
     assert torch.equal(first[0], again[0])
     assert again[2] == []
+    assert again[3] == first[3] and again[3]["mean_images_per_second"] > 0  # the figures of the run that trained
 
 
-def test_changed_key_starts_anew(tmp_path):
-    run(tmp_path)
+def test_changed_key_starts_anew_and_leaves_the_old_one(tmp_path):
+    first = run(tmp_path)
     assert next(s for s, _ in run(tmp_path, key="b")[2]) == 1
+    assert torch.equal(run(tmp_path, seed=5)[0], first[0])
+
+
+def test_stages_of_one_process_may_differ_in_precision():
+    for precision in ("bf16", "no", "bf16"):
+        assert make_accelerator(CONFIG.model_copy(update={"mixed_precision": precision})).mixed_precision == precision
+
+
+def test_batch_must_divide_into_its_passes():
+    with pytest.raises(ValueError, match="batch_size 64 is not a multiple of accumulate 3"):
+        LoopConfig(steps=1, batch_size=64, accumulate=3, learning_rate=1e-3)
+    assert CONFIG.identity() == CONFIG.model_copy(update={"log_every": 7}).identity()
+    assert CONFIG.identity() != CONFIG.model_copy(update={"steps": 7}).identity()
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path):
@@ -75,7 +88,7 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
         return value * float("nan") if step in (3, 4) else value
 
     weights, _, _, figures = run(tmp_path, loss=sometimes)
-    assert figures["skipped_steps"] == 2
+    assert figures["total_skipped_steps"] == 2
     assert torch.isfinite(weights).all()
     with pytest.raises(TrainingStopped, match=r"10 steps in a row.*lower the learning rate"):
         run(tmp_path / "nan", loss=lambda net, x, step: net(x).sum() * float("nan"))
@@ -99,7 +112,7 @@ def test_accumulation_equals_one_large_batch(tmp_path):
             key="k",
             checkpoints=CheckpointStore(tmp_path / str(accumulate)),
             metrics=lambda m, s: None,
-            accelerator=Accelerator(cpu=True),
+            accelerator=make_accelerator(CONFIG),
         )
         results.append(net.weight.detach().clone())
     assert torch.allclose(*results, atol=1e-6)
@@ -122,10 +135,10 @@ def test_checkpoints_rotate_and_survive_damage(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     for step in (1, 2, 3):
         store.save(step, "k", {"x": torch.tensor(step)})
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002.pt", "step-00000003.pt"]
-    (tmp_path / "step-00000003.pt").write_bytes(b"cut off")
+    assert [p.name for p in sorted((tmp_path / "k").iterdir())] == ["step-00000002.pt", "step-00000003.pt"]
+    (tmp_path / "k" / "step-00000003.pt").write_bytes(b"cut off")
     assert store.load("k")[0] == 2
-    (tmp_path / "step-00000002.pt").write_bytes(b"")
+    (tmp_path / "k" / "step-00000002.pt").write_bytes(b"")
     with pytest.raises(UserError, match="none of its 2 checkpoints can be read; delete the folder"):
         store.load("k")
 
@@ -135,8 +148,8 @@ def test_checkpoint_with_code_inside_is_not_run(tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "owned"),))
 
-    tmp_path.joinpath("c").mkdir()
-    torch.save({"step": 1, "key": "k", "state": Evil()}, tmp_path / "c" / "step-00000001.pt")
+    tmp_path.joinpath("c", "k").mkdir(parents=True)
+    torch.save({"step": 1, "key": "k", "state": Evil()}, tmp_path / "c" / "k" / "step-00000001.pt")
     with pytest.raises(UserError):
         CheckpointStore(tmp_path / "c").load("k")
     assert not (tmp_path / "owned").exists()

@@ -53,10 +53,11 @@ def model_card(name: str, metadata: dict[str, str]) -> str:
     contract = sampling_contract(metadata)
     rows = [f"| {key} | `{value}` |" for key, value in contract.items() if key != "scheduler_config"]
     guidance = float(contract.get("guidance_scale", 1.0))
+    teacher = metadata.get("teacher", "the teacher")
     return _CARD.format(
         name=name,
         steps=contract.get("steps", 4),
-        teacher=metadata.get("teacher", "the teacher"),
+        teacher="src/hypersd_pipeline/assets/teacher" if teacher == "shipped" else teacher,
         contract="\n".join(["", "| sampling | |", "|-|-|", *rows, ""]),
         scheduler=contract.get("scheduler", "DDIMScheduler"),
         pipeline_guidance=guidance if guidance > 1 else 0,  # diffusers turns guidance off for any value up to 1

@@ -22,61 +22,50 @@ def fingerprint(*parts: Any) -> str:
 
 
 class CheckpointStore:
-    """A folder with the newest checkpoints of one training stage.
+    """The newest checkpoints of one training stage, in a folder per configuration (`key`).
+
+    A changed configuration starts anew beside the old checkpoints: a short trial never destroys a long training, and going back to the old
+    configuration continues it.
 
     Args:
-        path: the folder; created on the first save.
-        keep: how many checkpoints stay.
+        path: the stage's folder; created on the first save.
+        keep: how many checkpoints of a key stay.
     """
 
     def __init__(self, path: Path | str, keep: int = 2) -> None:
         self.path = Path(path)
         self.keep = keep
 
-    def _files(self) -> list[Path]:
-        return sorted(self.path.glob("step-*.pt"))
+    def _files(self, key: str) -> list[Path]:
+        return sorted((self.path / key).glob("step-*.pt"))
 
     def save(self, step: int, key: str, state: dict[str, Any]) -> None:
         """Write atomically: a kill in the middle leaves the previous checkpoint."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        target = self.path / f"step-{step:08d}.pt"
+        target = self.path / key / f"step-{step:08d}.pt"
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".tmp")
         torch.save({"step": step, "key": key, "state": state}, temporary)
         os.replace(temporary, target)
-        for old in self._files()[: -self.keep]:
+        for old in self._files(key)[: -self.keep]:
             old.unlink()
 
     def load(self, key: str, map_location: str | torch.device = "cpu") -> tuple[int, dict[str, Any]] | None:
         """The newest readable checkpoint made under ``key``: ``(step, state)``, or None.
 
-        Checkpoints of another configuration are set aside with a log line: a changed configuration starts anew. An unreadable file is
-        passed over for the one before it.
+        An unreadable file is passed over for the one before it.
 
         Raises:
-            UserError: every checkpoint of the folder is unreadable.
+            UserError: every checkpoint of the key is unreadable.
         """
-        files = self._files()
-        unreadable = []
+        files = self._files(key)
         for file in reversed(files):
             try:
                 data = torch.load(file, map_location=map_location, weights_only=True)
-                step, state, made_with = data["step"], data["state"], data["key"]
+                return data["step"], data["state"]
             except Exception as error:
                 log.warning("%s: unreadable checkpoint passed over (%s)", file, type(error).__name__)
-                unreadable.append(file)
-                continue
-            if made_with == key:
-                return step, state
-            log.info("%s: made with another configuration, data or teacher; this stage starts anew", file)
-            self.clear()
-            return None
-        if unreadable:
+        if files:
             raise UserError(
-                f"{self.path}: none of its {len(unreadable)} checkpoints can be read; delete the folder to start the stage anew."
+                f"{self.path / key}: none of its {len(files)} checkpoints can be read; delete the folder to start the stage anew."
             )
         return None
-
-    def clear(self) -> None:
-        """Delete every checkpoint of the folder."""
-        for file in self._files():
-            file.unlink()

@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
+from accelerate.state import AcceleratorState
+from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -63,9 +64,25 @@ class LoopConfig(Strict):
     seed: int = 0
     max_bad_steps: int = Field(default=10, ge=1)
 
+    @model_validator(mode="after")
+    def _whole_passes(self) -> LoopConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What the trained weights depend on: a checkpoint stays good when only the logging changes."""
+        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_every", "max_bad_steps"})
+
 
 class TrainingStopped(RuntimeError):
     """The stage was interrupted or gave up; its last checkpoint is on disk."""
+
+
+def make_accelerator(config: LoopConfig) -> Accelerator:
+    """Device and autocast of a stage. accelerate keeps one precision for a whole process, while each of our stages has its own."""
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=config.mixed_precision)
 
 
 def learning_rate_at(step: int, config: LoopConfig) -> float:
@@ -78,7 +95,7 @@ def learning_rate_at(step: int, config: LoopConfig) -> float:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of the process so far, in MB: allocated device memory on CUDA, resident set on CPU."""
+    """Peak memory in MB: on CUDA of the stage's allocations; on the CPU of the process so far, other stages included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -123,7 +140,8 @@ def train(
         after_update: called after each applied update (EMA).
 
     Returns:
-        ``images_per_second``, ``step_seconds`` (mean of this session), ``peak_memory_mb``, ``final_loss``, ``skipped_steps``.
+        ``mean_images_per_second``, ``mean_step_seconds`` (of the last process that trained), ``peak_memory_mb``, ``final_loss``,
+        ``total_skipped_steps``; for a stage that was finished before, what it had then.
 
     Raises:
         TrainingStopped: interrupted (the checkpoint of the last finished step is saved), or ``max_bad_steps`` non-finite losses in a row.
@@ -131,12 +149,17 @@ def train(
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
-    start, bad, skipped = _resume(checkpoints, key, state, optimizer, generator)
+    start, bad, skipped, figures = _resume(checkpoints, key, state, optimizer, generator)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
     meter = _Meter(name, start, config, metrics, accelerator.device)
 
     def save(step: int) -> None:
+        nonlocal figures
+        figures = {**meter.figures(), "total_skipped_steps": float(skipped)}
         payload = {"optimizer": optimizer.state_dict(), "generator": generator.get_state(), "bad": bad, "skipped": skipped}
-        checkpoints.save(step, key, {**payload, "modules": {k: v.state_dict() for k, v in state.items()}})
+        modules = {k: v.state_dict() for k, v in state.items()}
+        checkpoints.save(step, key, {**payload, "figures": figures, "modules": modules})
 
     with _stop_request() as stop_asked:
         for step in range(start, config.steps):
@@ -164,24 +187,25 @@ def train(
                 )
             if done % config.checkpoint_every == 0 or done == config.steps or stop_asked():
                 save(done)
-            if stop_asked() and done < config.steps:
+            if stop_asked():
                 raise TrainingStopped(f"{name}: interrupted after step {done}; run the same command to continue.")
-    return {**meter.close(), "skipped_steps": float(skipped)}
+    meter.bar.close()
+    return figures
 
 
 def _resume(
     checkpoints: CheckpointStore, key: str, state: Mapping[str, Stateful], optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int, dict[str, float]]:
     found = checkpoints.load(key)
     if found is None:
-        return 0, 0, 0
+        return 0, 0, 0, {}
     step, saved = found
     optimizer.load_state_dict(saved["optimizer"])
     generator.set_state(saved["generator"])
     for name, part in state.items():
         part.load_state_dict(saved["modules"][name])
     log.info("%s: continuing after step %d", checkpoints.path.name, step)
-    return step, saved["bad"], saved["skipped"]
+    return step, saved["bad"], saved["skipped"], saved["figures"]
 
 
 class _Meter:
@@ -207,10 +231,9 @@ class _Meter:
         self.bar.set_postfix_str(f"loss {self.loss:.4f}, {speed:.0f} images/s")
         self.metrics({**values, "learning_rate": rate, "images_per_second": speed, "skipped_steps": float(skipped)}, self.done)
 
-    def close(self) -> dict[str, float]:
-        self.bar.close()
+    def figures(self) -> dict[str, float]:
         steps, seconds = self.done - self.start, time.perf_counter() - self.began
         figures = {"final_loss": self.loss, "peak_memory_mb": peak_memory_mb(self.device)}
         if steps:
-            figures |= {"step_seconds": seconds / steps, "images_per_second": steps * self.config.batch_size / seconds}
+            figures |= {"mean_step_seconds": seconds / steps, "mean_images_per_second": steps * self.config.batch_size / seconds}
         return figures

@@ -60,11 +60,18 @@ def make_split(manifest: Manifest, split: str, n: int, teacher: Teacher, scorer:
 
 
 def fingerprint(config: EvaluationConfig, teacher: Teacher) -> dict[str, str]:
-    """What a stored reference depends on besides the pictures; the noise depends on the seed."""
+    """What a stored reference depends on besides the pictures (their manifest's key is kept apart); the noise depends on the seed."""
     features = config.features.model_dump_json(include={"kind", "resolution"})
     clip = config.clip.model_dump_json()
     sizes = json.dumps([config.samples, config.unseen_samples])
-    return {"features": features, "clip": clip, "samples": sizes, "seed": str(config.seed), "vae": teacher.content_hash("vae")}
+    return {
+        "features": features,
+        "clip": clip,
+        "samples": sizes,
+        "seed": str(config.seed),
+        "vae": teacher.content_hash("vae"),
+        "resolution": str(teacher.resolution),
+    }
 
 
 def write_reference(folder: Path, splits: Mapping[str, SplitReference], key: Mapping[str, str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from hypersd_pipeline.config import Strict
@@ -33,6 +35,10 @@ class VaeConfig(Strict):
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     loop: LoopConfig
     decoder_loop: LoopConfig | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What the latents depend on."""
+        return {**self.model_dump(mode="json", exclude={"decoder_loop"}), "loop": self.loop.identity()}
 
 
 class UnetConfig(Strict):

@@ -78,7 +78,7 @@ def train_unet(
 ) -> denoiser_training.Denoiser:
     """Train the denoiser and its text encoder on the train split."""
     captions = read_split(dataset, "train")[1]
-    key = _data_key(config) + json.dumps(config.vae.model_dump(mode="json", exclude={"decoder_loop"}), sort_keys=True)
+    key = _data_key(config) + json.dumps(config.vae.identity(), sort_keys=True)
     return denoiser_training.train_unet(latents, captions, config.unet, key, checkpoints, metric_stream)
 
 

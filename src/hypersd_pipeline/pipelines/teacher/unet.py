@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from hypersd_pipeline.diffusion.schedule import Schedule, add_noise
 from hypersd_pipeline.pipelines.teacher.config import UnetConfig
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
 from hypersd_pipeline.training.ema import ema_update
-from hypersd_pipeline.training.loop import MetricStream, train
+from hypersd_pipeline.training.loop import MetricStream, make_accelerator, train
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -124,7 +123,7 @@ def train_unet(
     metrics: MetricStream,
 ) -> Denoiser:
     """Train on the latents' posterior mean and std, two ``[n, c, h, w]``, and their captions; returns the averaged weights."""
-    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision)
+    accelerator = make_accelerator(config.loop)
     device = accelerator.device
     mean, std = latents
     tokenizer = build_tokenizer(captions, config)
@@ -155,7 +154,7 @@ def train_unet(
         loss_fn=loss_fn,
         config=config.loop,
         state={"network": network, "average": average},
-        key=fingerprint("unet", config.model_dump(mode="json"), data_key),
+        key=fingerprint("unet", {**config.model_dump(mode="json"), "loop": config.loop.identity()}, data_key),
         checkpoints=checkpoints,
         metrics=metrics,
         accelerator=accelerator,

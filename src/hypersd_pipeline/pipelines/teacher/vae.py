@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
 from hypersd_pipeline.pipelines.teacher.config import VaeConfig
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
 from hypersd_pipeline.training.ema import ema_update
-from hypersd_pipeline.training.loop import MetricStream, train
+from hypersd_pipeline.training.loop import MetricStream, make_accelerator, train
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -77,7 +76,7 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, config: VaeConfi
 
 def train_vae(images: Tensor, config: VaeConfig, data_key: str, checkpoints: CheckpointStore, metrics: MetricStream) -> AutoencoderKL:
     """Train on uint8 ``[n, h, w, 3]``; returns the averaged weights, with unit-variance latents (see `whiten_latents`)."""
-    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision)
+    accelerator = make_accelerator(config.loop)
     torch.manual_seed(config.loop.seed)
     vae = build_vae(config, images.shape[1]).to(accelerator.device)
     average = copy.deepcopy(vae).requires_grad_(False)
@@ -101,7 +100,7 @@ def train_vae(images: Tensor, config: VaeConfig, data_key: str, checkpoints: Che
         loss_fn=loss_fn,
         config=config.loop,
         state={"vae": vae, "average": average},
-        key=fingerprint("vae", config.model_dump(mode="json", exclude={"decoder_loop"}), data_key),
+        key=fingerprint("vae", config.identity(), data_key),
         checkpoints=checkpoints,
         metrics=metrics,
         accelerator=accelerator,
@@ -133,7 +132,7 @@ def train_decoder(
     if config.decoder_loop is None:
         return vae
     loop = config.decoder_loop
-    accelerator = Accelerator(mixed_precision=loop.mixed_precision)
+    accelerator = make_accelerator(loop)
     mean, std = latents
     tuned = copy.deepcopy(vae).to(accelerator.device).train().requires_grad_(True)
     average = copy.deepcopy(tuned).requires_grad_(False)
@@ -155,7 +154,7 @@ def train_decoder(
         loss_fn=loss_fn,
         config=loop,
         state={"decoder": tuned.decoder, "post": tuned.post_quant_conv, "average": average},
-        key=fingerprint("decoder", config.model_dump(mode="json"), data_key),
+        key=fingerprint("decoder", config.identity(), loop.identity(), data_key),
         checkpoints=checkpoints,
         metrics=metrics,
         accelerator=accelerator,

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hypersd_pipeline.config import Strict
+from hypersd_pipeline.diffusion.grids import boundaries, check_grid, solver_grid
+from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.training.loop import LoopConfig
 
 
@@ -87,6 +89,17 @@ class StageOverrides(Strict):
         if unknown:
             raise ValueError(f"loop has no key {sorted(unknown)[0]!r}; it has {', '.join(LoopConfig.model_fields)}")
         return self
+
+    def check_with(self, defaults: TscdDefaults) -> None:
+        """Complete this stage and check its grid, before anything runs.
+
+        Raises:
+            ValidationError: a value is out of range. UserError: the grid misses a boundary, or the first stage asks for a previous one.
+        """
+        config = self.apply(defaults)
+        check_grid(solver_grid(config.solver_points), boundaries(config.segments))
+        if config.segments == 8 and config.teacher == "previous_stage":
+            raise UserError("tscd_k8.stage.teacher: previous_stage needs a stage before this one; use base for the first stage.")
 
     def apply(self, defaults: TscdDefaults) -> StageConfig:
         """The complete stage configuration."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from hypersd_pipeline.data.cache import LatentCache
@@ -18,7 +17,7 @@ from hypersd_pipeline.objectives import tscd
 from hypersd_pipeline.pipelines.tscd.config import StageConfig, StageOverrides, TscdDefaults
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
 from hypersd_pipeline.training.ema import ema_update
-from hypersd_pipeline.training.loop import MetricStream, train
+from hypersd_pipeline.training.loop import MetricStream, make_accelerator, train
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def train_stage(
         UserError: the grid misses a boundary, ``teacher: previous_stage`` without one, or the cache was made by another teacher.
     """
     config = stage.apply(defaults)
-    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision)
+    accelerator = make_accelerator(config.loop)
     model = load_teacher(teacher, parts=("unet",), device=accelerator.device)
     T = model.schedule.num_train_timesteps
     grid, bounds = solver_grid(config.solver_points, T), boundaries(config.segments, T)
@@ -61,7 +60,9 @@ def train_stage(
         loss_fn=loss_fn,
         config=config.loop,
         state={"adapters": adapters},
-        key=fingerprint(config.model_dump(mode="json"), latents.key, model.content_hash("unet"), _lora_key(previous)),
+        key=fingerprint(
+            {**config.model_dump(mode="json"), "loop": config.loop.identity()}, latents.key, _teacher_key(model), _lora_key(previous)
+        ),
         checkpoints=checkpoints,
         metrics=metric_stream,
         accelerator=accelerator,
@@ -119,6 +120,10 @@ class _Objective:
         target = tscd.consistency_target(self.ema, xhat, times, cond, *prediction)
         loss = tscd.mse(tscd.jump(self.student, x_tn, times.t_n, times.t_end, cond, *prediction), target)
         return loss, {}
+
+
+def _teacher_key(model: Teacher) -> list[object]:
+    return [model.content_hash("unet"), model.prediction_type, model.config.dtype, model.scheduler_config()]
 
 
 def _lora_key(lora: LoRA | None) -> str | None:
