@@ -94,10 +94,13 @@ def test_reference_holds_the_splits_apart(reference: Path, manifest: Manifest, t
     assert not torch.equal(splits["test"].real.features, splits["test"].recon.features)
 
 
-def test_stale_reference_is_refused(reference: Path, teacher: TeacherConfig) -> None:
+def test_stale_reference_is_refused(reference: Path, teacher: TeacherConfig, manifest: Manifest) -> None:
     loaded = load_teacher(teacher, parts=("vae",))
     with pytest.raises(UserError, match="other seed; run prepare_reference again"):
         read_reference(reference, fingerprint(CONFIG.model_copy(update={"seed": 5}), loaded))
+    with pytest.raises(UserError, match="other data; run prepare_reference again"):
+        read_reference(reference, {"data": "the key of another manifest"})
+    assert read_reference(reference, {"data": manifest.key}).keys() == {"test", "test_unseen"}
     with pytest.raises(UserError, match="no such file"):
         read_reference(reference / "nowhere")
 

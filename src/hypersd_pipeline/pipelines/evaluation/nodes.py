@@ -58,7 +58,7 @@ def prepare_reference(manifest: Manifest, teacher: TeacherConfig, evaluation: Ev
             )
         splits[name] = make_split(manifest, name, n, loaded, scorer, evaluation)
         log.info("Evaluation reference: %d of %d pictures of '%s'", len(splits[name]), rows, name)
-    return functools.partial(write_reference, splits=splits, key=fingerprint(evaluation, loaded))
+    return functools.partial(write_reference, splits=splits, key={**fingerprint(evaluation, loaded), "data": manifest.key})
 
 
 @dataclass
@@ -73,9 +73,10 @@ class _Bench:
     texts: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, teacher: TeacherConfig, reference: Path, config: EvaluationConfig) -> _Bench:
+    def load(cls, teacher: TeacherConfig, reference: Path, config: EvaluationConfig, data: str | None = None) -> _Bench:
         loaded = load_teacher(teacher)
-        bench = cls(loaded, Scorer(config, loaded.device), config, read_reference(reference, fingerprint(config, loaded)))
+        key = {**fingerprint(config, loaded), **({"data": data} if data else {})}
+        bench = cls(loaded, Scorer(config, loaded.device), config, read_reference(reference, key))
         for name, split in bench.splits.items():
             bench.cond[name] = loaded.encode_prompts(split.prompts)
             bench.texts[name] = bench.scorer.text_embeddings(split.prompts)
@@ -167,10 +168,10 @@ def evaluate_stage(
         ``image_quality/4_steps``, ``unseen_...`` at the LoRA's own steps), the picture grid, a writer of the pictures.
 
     Raises:
-        UserError: the LoRA carries no sampling contract, or it asks for something other than eta 0 without guidance.
+        UserError: the LoRA carries no sampling contract, it asks for guidance, or it was trained on other data than the reference's.
     """
     own_steps = contract_steps(lora)
-    bench = _Bench.load(teacher, reference, evaluation)
+    bench = _Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
     merge_lora(bench.teacher.unet, lora)
     return _evaluate(bench, evaluation.student_steps, own_steps, 1.0)
 

@@ -60,7 +60,7 @@ def make_split(manifest: Manifest, split: str, n: int, teacher: Teacher, scorer:
 
 
 def fingerprint(config: EvaluationConfig, teacher: Teacher) -> dict[str, str]:
-    """What a stored reference depends on besides the pictures (their manifest's key is kept apart); the noise depends on the seed."""
+    """What a stored reference depends on besides the pictures (``data``, the manifest's key); the noise depends on the seed."""
     features = config.features.model_dump_json(include={"kind", "resolution"})
     clip = config.clip.model_dump_json()
     sizes = json.dumps([config.samples, config.unseen_samples])
@@ -93,8 +93,7 @@ def read_reference(folder: Path, key: Mapping[str, str] | None = None) -> dict[s
     if not path.exists():
         raise UserError(f"{path}: no such file; run the node prepare_reference first (kedro run --nodes prepare_reference).")
     content = json.loads(path.read_text(encoding="utf-8"))
-    if key is not None and content["made_with"] != dict(key):
-        changed = sorted(k for k in key if content["made_with"].get(k) != key[k])
+    if changed := sorted(k for k in key or {} if content["made_with"].get(k) != (key or {})[k]):
         raise UserError(
             f"{path}: was made with other {', '.join(changed)}; run prepare_reference again (kedro run --nodes prepare_reference)."
         )
