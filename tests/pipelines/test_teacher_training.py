@@ -96,7 +96,7 @@ def test_tiny_run_ends_in_a_stable_diffusion_folder(tmp_path):
     check_shipped(out)
     grid = nodes.sample_teacher(out, data, config)
     assert grid.width == 8 * 132 and np.asarray(grid)[:128, :128].std() > 0
-    pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(out)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a fox", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
     assert image.shape == (1, 64, 64, 3)
