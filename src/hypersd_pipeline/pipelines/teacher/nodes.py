@@ -162,7 +162,7 @@ def _write_teacher(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
-    # stored in fp16 for its size, opened in fp32 like the UNet: transformers takes the dtype that the config names, diffusers always float32
+    # stored in fp16 for its size, opened in float32 like the UNet: transformers obeys the config's dtype, diffusers has none there
     text_config = folder / "text_encoder" / "config.json"
     text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     (folder / "recipe.json").write_text(json.dumps({"config": config.model_dump(mode="json"), "figures": figures}, indent=2) + "\n")
@@ -188,6 +188,7 @@ def sample_teacher(folder: Path, dataset: Path, config: TeacherTrainingConfig) -
 
 def write_checksums(folder: Path) -> None:
     """``sha256.json``: relative path -> sha256 of every file of the folder but itself."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("sha256.json", "README.md", "training_curve.png", "training_curve.csv"))
+    beside = ("sha256.json", "README.md", "training_curve.png", "training_curve.csv")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in beside)
     sums = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     (folder / "sha256.json").write_text(json.dumps(sums, indent=2) + "\n")
