@@ -44,37 +44,48 @@ def finite(values: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _targets() -> Iterable[tuple[str, str]]:
-    """(run id, prefix): the active run with plain names, and its parent with the stage's name in front."""
+def _targets() -> Iterable[tuple[str, str, bool]]:
+    """(run id, prefix, whether it is a stage's run): the active run with plain names, and its parent with the stage's name in front."""
     import mlflow
 
     run = mlflow.active_run()
     if run is None:
         return
-    yield run.info.run_id, ""
-    if PARENT_TAG in run.data.tags and STAGE_TAG in run.data.tags:
-        yield run.data.tags[PARENT_TAG], f"{run.data.tags[STAGE_TAG]}/"
+    is_stage = PARENT_TAG in run.data.tags and STAGE_TAG in run.data.tags
+    yield run.info.run_id, "", is_stage
+    if is_stage:
+        yield run.data.tags[PARENT_TAG], f"{run.data.tags[STAGE_TAG]}/", False
 
 
 def log_rows(rows: list[dict[str, Any]], stamps: list[float]) -> None:
     """Send curve rows (each with a ``step``) and their times (seconds) to the active run and its parent."""
+    for run_id, prefix, _ in _targets():
+        _send(run_id, prefix, rows, stamps)
+
+
+def _send(run_id: str, prefix: str, rows: list[dict[str, Any]], stamps: list[float]) -> None:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-    for run_id, prefix in _targets():
-        metrics = [
-            Metric(prefix + name, value, int(stamp * 1000), row["step"])
-            for row, stamp in zip(rows, stamps, strict=True)
-            for name, value in finite(row).items()
-            if name != "step"
-        ]
-        for start in range(0, len(metrics), _BATCH):
-            MlflowClient().log_batch(run_id, metrics[start : start + _BATCH])
+    metrics = [
+        Metric(prefix + name, value, int(stamp * 1000), row["step"])
+        for row, stamp in zip(rows, stamps, strict=True)
+        for name, value in finite(row).items()
+        if name != "step"
+    ]
+    for start in range(0, len(metrics), _BATCH):
+        MlflowClient().log_batch(run_id, metrics[start : start + _BATCH])
 
 
 def log_final(metrics: Mapping[str, Any]) -> None:
-    """Send final metrics, flattened, to the active run and, with the stage's name in front, to its parent."""
+    """Send final metrics, flattened, to the active run and, with the stage's name in front, to its parent.
+
+    The parent gets no interval ends (``..._low``, ``..._high``): there runs are compared at a glance. They are in the stage's own run and
+    in the results table.
+    """
     import time
 
-    rows = [{"step": 0, **finite(flatten(metrics))}]
-    log_rows(rows, [time.time()])
+    values = finite(flatten(metrics))
+    brief = {name: value for name, value in values.items() if not name.endswith(("_low", "_high"))}
+    for run_id, prefix, is_stage in _targets():
+        _send(run_id, prefix, [{"step": 0, **(values if is_stage else brief)}], [time.time()])
