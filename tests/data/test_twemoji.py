@@ -21,9 +21,7 @@ def scenes(split, n=300):
 
 def facts(scene):
     """(name, colour, place, company) of each thing in a scene."""
-    return {
-        (name, scene.colour, place, frozenset(scene.names) - {name}) for name, place in zip(scene.names, scene.places, strict=True)
-    }
+    return {(name, scene.colour, place, frozenset(scene.names) - {name}) for name, place in zip(scene.names, scene.places, strict=True)}
 
 
 def test_no_two_names_share_their_pixels():

@@ -5,6 +5,7 @@ import torch
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.diffusion.grids import boundaries, check_grid, solver_grid
+from hypersd_pipeline.diffusion.sampling import guided_denoiser
 from hypersd_pipeline.diffusion.schedule import Schedule, add_noise, ddim
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.objectives import tscd
@@ -81,7 +82,8 @@ def test_solver_step_by_hand_with_guidance():
         return 0.1 + 0.2 * c.prompt_embeds.view(-1, 1, 1, 1)
 
     step = tscd.Timesteps(*(torch.tensor([v]) for v in (499, 474, 0, 0)))
-    got = tscd.solver_step(teacher, x, step, cond, SCHEDULE, "epsilon", uncond=uncond, guidance=torch.tensor([w]))
+    guided = guided_denoiser(teacher, uncond, torch.tensor([w]).view(-1, 1, 1, 1))
+    got = tscd.solver_step(guided, x, step, cond, SCHEDULE, "epsilon")
     eps = 0.1 + w * 0.2  # uncond + w (cond - uncond)
     a, s = SCHEDULE.alphas, SCHEDULE.sigmas
     by_hand = a[474] * (0.3 - s[499] * eps) / a[499] + s[474] * eps

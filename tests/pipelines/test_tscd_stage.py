@@ -80,7 +80,7 @@ def test_previous_stage_as_teacher_needs_no_unconditional_half(made, tmp_path, m
     baked, _ = stage(made, tmp_path / "b", StageOverrides(segments=4, teacher="previous_stage"), previous=first)
     assert asked == []
     based, _ = stage(made, tmp_path / "c", StageOverrides(segments=4), previous=first)
-    assert len(asked) == 4
+    assert len(asked) == 5  # four steps, and the batch on which a forward pass is timed
     assert not same(baked, based)
 
 
@@ -99,6 +99,8 @@ def test_refusals_come_before_any_step(made, tmp_path):
         stage((other, made[1]), tmp_path, stream=stream)
     with pytest.raises(ValueError, match="rising pair"):
         stage(made, tmp_path, StageOverrides(segments=8, guidance=(5.0, 2.0)), stream=stream)
+    with pytest.raises(ValueError, match="stage has no key 'guidanc'"):
+        StageOverrides(segments=8, guidanc=(5.0, 2.0))
     with pytest.raises(ValueError, match="loop has no key 'step'"):
         StageOverrides(segments=8, loop={"step": 1})
     assert steps == []

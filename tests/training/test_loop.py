@@ -94,6 +94,66 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
         run(tmp_path / "nan", loss=lambda net, x, step: net(x).sum() * float("nan"))
 
 
+def test_a_bad_streak_goes_back_to_the_last_good_checkpoint(tmp_path, caplog):
+    """Steps 7 .. 9 are not finite: back to step 4, half the learning rate, other draws; then it ends as any other run."""
+    config = CONFIG.model_copy(update={"max_bad_steps": 3, "checkpoint_every": 4, "schedule": "constant", "warmup_steps": 0})
+    calls, draws = [], []
+
+    def loss(net, x, seen):
+        calls.append(1)
+        draws.append(x.clone())
+        value = ((net(x) - x.flip(1)) ** 2).mean()
+        return value * float("nan") if len(calls) in (7, 8, 9) else value
+
+    weights, _, seen, figures = run(tmp_path, config=config, loss=loss)
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert {m["learning_rate"] for step, m in seen[:9]} == {0.01} and {m["learning_rate"] for step, m in seen[9:]} == {0.005}
+    assert not torch.equal(draws[4], draws[9])  # step 5, the first time and the second
+    assert (figures["total_skipped_steps"], figures["total_rollbacks"]) == (3, 1) and torch.isfinite(weights).all()
+    assert "3 steps in a row had a non-finite loss or gradient; back to the checkpoint of step 4" in caplog.text
+    again = run(tmp_path, config=config, loss=loss, seed=5)
+    assert torch.equal(again[0], weights) and again[3] == figures
+
+
+def test_rollbacks_are_limited_and_resumable(tmp_path):
+    config = CONFIG.model_copy(update={"max_bad_steps": 2, "max_rollbacks": 1, "checkpoint_every": 4})
+
+    def broken(net, x, seen):
+        return ((net(x) - x) ** 2).mean() * (float("nan") if seen >= 5 else 1.0)
+
+    with pytest.raises(TrainingStopped, match="2 steps in a row .* after 1 returns to an earlier checkpoint; lower the learning rate"):
+        run(tmp_path, config=config, loss=broken)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["step-00000004.pt"]  # nothing from the bad streak
+    repaired = run(tmp_path, config=config)
+    assert [step for step, _ in repaired[2]] == [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_companions_step_with_the_main_optimiser_or_not_at_all(tmp_path):
+    """A discriminator's non-finite gradient holds back both; its state is part of the checkpoint."""
+    net, rival = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    before = [p.detach().clone() for p in (net.weight, rival.weight)]
+    optimizer = torch.optim.AdamW(rival.parameters(), lr=0.1, betas=(0.0, 0.99))
+    poison, moved = [float("nan")], []
+
+    def loss_fn(generator):
+        x = torch.randn(4, 2, generator=generator)
+        (rival(x).mean() * poison[0]).backward(inputs=list(rival.parameters()))
+        moved.append([not torch.equal(a, b) for a, b in zip(before, (net.weight, rival.weight), strict=True)])
+        if len(moved) == 2:
+            poison[0] = 1.0
+        return net(x).square().mean(), {}
+
+    figures = train(
+        "toy", parameters=net.parameters(), loss_fn=loss_fn, config=CONFIG.model_copy(update={"steps": 4}), state={"net": net, "rival": rival},
+        key="k", checkpoints=CheckpointStore(tmp_path), metrics=lambda m, s: None, accelerator=make_accelerator(CONFIG),
+        companions={"rival": optimizer}, constants={"unet_forward_seconds": 0.5},
+    )  # fmt: skip
+    assert moved == [[False, False], [False, False], [False, False], [True, True]]
+    assert figures["total_skipped_steps"] == 2 and figures["unet_forward_seconds"] == 0.5
+    saved = CheckpointStore(tmp_path).load("k")[1]
+    assert saved["optimizers"]["rival"]["state"][0]["step"] == 2 and rival.weight.grad is None
+
+
 def test_accumulation_equals_one_large_batch(tmp_path):
     torch.manual_seed(0)
     data = torch.randn(8, 3)

@@ -96,3 +96,13 @@ def to_x0_eps(output: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, predic
 def ddim(x0: Tensor, eps: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
     """The deterministic solver Psi (DDIM, eta 0): ``alpha_s x0 + sigma_s eps``. With ``s = t`` it is the identity on ``x_t``."""
     return add_noise(x0, eps, s, schedule)
+
+
+def renoise(x_s: Tensor, s: Tensor, t: Tensor, z: Tensor, schedule: Schedule) -> Tensor:
+    """Bring a sample from noise level ``s`` up to ``t >= s``: ``r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) z`` with ``r = alpha_t / alpha_s``.
+
+    ``x_s``, ``z`` ``[b, c, h, w]``; ``s``, ``t`` int64 ``[b]``. With ``t = s`` it is the identity.
+    """
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule.at(s, x_s), schedule.at(t, x_s)
+    ratio = alpha_t / alpha_s
+    return (ratio * x_s + (sigma_t**2 - (ratio * sigma_s) ** 2).clamp(min=0).sqrt() * z).to(x_s.dtype)

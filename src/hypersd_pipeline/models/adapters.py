@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ class AdaptedUNet:
         names: the adapters.
         trainable: those that are trained.
         start: weights for all adapters; otherwise A is random (seeded) and B zero, the same for all.
+        encoder_names: further adapters that sit in the down blocks and the mid block only and start at zero, whatever ``start`` is.
 
     Raises:
         UserError: no module matches ``target_modules``, or ``start`` has another rank or other modules.
@@ -44,13 +46,14 @@ class AdaptedUNet:
         names: Sequence[str] = ("student", "ema"),
         trainable: Sequence[str] = ("student",),
         start: LoRA | None = None,
+        encoder_names: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.unet = unet
-        self.names = tuple(names)
+        self.names = (*names, *encoder_names)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules), init_lora_weights="gaussian")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -60,17 +63,27 @@ class AdaptedUNet:
                 raise UserError(
                     f"tscd.lora.target_modules: {list(target_modules)} match no module of the UNet; use names such as to_q, to_v."
                 ) from error
-            for name in self.names[1:]:
+            for name in names[1:]:
                 _add_adapter(unet, config, name)
+            if encoder_names:
+                endings = "|".join(re.escape(ending) for ending in target_modules)
+                part = LoraConfig(
+                    r=rank,
+                    lora_alpha=rank,
+                    target_modules=rf"(down_blocks|mid_block)\.(.*\.)?({endings})",
+                    init_lora_weights="gaussian",
+                )
+                for name in encoder_names:
+                    _add_adapter(unet, part, name)
         for parameter in (p for name, p in unet.named_parameters() if ".lora_" in name):
             parameter.data = parameter.data.float()  # in bf16 an update of 1e-6 would round away
         # collected once: walking the module tree at each switch would cost more than the switch
         self._layers: list[Any] = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
-        self._dtype: torch.dtype = next(p.dtype for name, p in unet.named_parameters() if ".lora_" not in name)
+        self.dtype: torch.dtype = next(p.dtype for name, p in unet.named_parameters() if ".lora_" not in name)
         self._layer_names = [name for name, m in unet.named_modules() if isinstance(m, BaseTunerLayer)]
         if start is not None:
             self._load(self.names[0], start, rank)
-        for name in self.names[1:]:
+        for name in names[1:]:
             for target, source in zip(self.parameters(name), self.parameters(self.names[0]), strict=True):
                 target.data.copy_(source.data)
         for parameter in unet.parameters():
@@ -100,12 +113,13 @@ class AdaptedUNet:
 
         def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             self.use(name)
-            return self.unet(x_t.to(self._dtype), t, **cond.to(dtype=self._dtype).unet_kwargs(), return_dict=False)[0]
+            return self.unet(x_t.to(self.dtype), t, **cond.to(dtype=self.dtype).unet_kwargs(), return_dict=False)[0]
 
         return call
 
     def _pairs(self, name: str) -> list[tuple[str, Tensor, Tensor]]:
-        return [(n, m.lora_A[name].weight, m.lora_B[name].weight) for n, m in zip(self._layer_names, self._layers, strict=True)]
+        layers = zip(self._layer_names, self._layers, strict=True)
+        return [(n, m.lora_A[name].weight, m.lora_B[name].weight) for n, m in layers if name in m.lora_A]
 
     def parameters(self, name: str) -> list[torch.nn.Parameter]:
         """The adapter's A and B, in a fixed order."""

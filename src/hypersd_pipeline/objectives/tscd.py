@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.diffusion.grids import segment_start
-from hypersd_pipeline.diffusion.sampling import Denoiser, guided_denoiser
+from hypersd_pipeline.diffusion.sampling import Denoiser
 from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule, add_noise, ddim, to_x0_eps
 
 
@@ -28,16 +29,30 @@ class Timesteps:
     t_end: Tensor
 
 
-def sample_timesteps(batch: int, grid: Tensor, bounds: Tensor, generator: torch.Generator) -> Timesteps:
+def sample_timesteps(
+    batch: int,
+    grid: Tensor,
+    bounds: Tensor,
+    generator: torch.Generator,
+    *,
+    starts: Literal["grid", "segment_ends"] = "grid",
+    ends: Literal["uniform", "segment_start"] = "uniform",
+) -> Timesteps:
     """Draw ``t_n`` uniform over the grid and ``t_end`` uniform over the grid points in ``[t_b, t_{n-1}]``, both ends included.
 
     ``t_b`` is ``max{b_j < t_n}``. Equation 11 read literally gives ``t_b > t_{n-1}`` at the first point after each boundary.
 
     Args:
         grid: int64 ``[N + 1]`` rising, from the clean end (`solver_grid`). bounds: int64 ``[k + 1]`` (`boundaries`), all on the grid.
+        starts: ``segment_ends`` draws ``t_n`` among the boundaries only. ends: ``segment_start`` makes ``t_end = t_b``.
     """
-    n = torch.randint(1, len(grid), (batch,), generator=generator)
+    if starts == "segment_ends":
+        n = torch.searchsorted(grid, bounds)[torch.randint(1, len(bounds), (batch,), generator=generator)]
+    else:
+        n = torch.randint(1, len(grid), (batch,), generator=generator)
     t_b = segment_start(grid[n], bounds)
+    if ends == "segment_start":
+        return Timesteps(t_n=grid[n], t_prev=grid[n - 1], t_b=t_b, t_end=t_b)
     low = torch.searchsorted(grid, t_b)
     choices = n - low  # grid indices low .. n - 1
     end = low + (torch.rand(batch, generator=generator, dtype=torch.float64) * choices).long().clamp(max=choices - 1)
@@ -50,13 +65,13 @@ def offset_noise(shape: tuple[int, ...], strength: float, generator: torch.Gener
     return noise + strength * torch.randn(*shape[:2], 1, 1, generator=generator)
 
 
-def noisy_input(x0: Tensor, z: Tensor, t_n: Tensor, schedule: Schedule) -> Tensor:
-    """``x_tn = alpha x0 + sigma z``; pure ``z`` at the last training timestep.
+def noisy_input(x0: Tensor, z: Tensor, t_n: Tensor, schedule: Schedule, *, pure_noise: bool = True) -> Tensor:
+    """``x_tn = alpha x0 + sigma z``; with ``pure_noise`` just ``z`` at the last training timestep.
 
     ``abar_999`` is 0.0047, so that ``alpha x0 + sigma z`` would leak the picture there, while sampling starts from pure noise
     (SDXL-Lightning, eq. 24).
     """
-    last = (t_n == schedule.num_train_timesteps - 1).view(-1, 1, 1, 1)
+    last = (pure_noise & (t_n == schedule.num_train_timesteps - 1)).view(-1, 1, 1, 1)
     return torch.where(last, z, add_noise(x0, z, t_n, schedule))
 
 
@@ -70,24 +85,30 @@ def jump(
 
 @torch.no_grad()
 def solver_step(
+    teacher: Denoiser, x_tn: Tensor, times: Timesteps, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType
+) -> Tensor:
+    """``xhat``: one DDIM step of the teacher (with its guidance, where it has one) from ``t_n`` to ``t_{n-1}``."""
+    return jump(teacher, x_tn, times.t_n, times.t_prev, cond, schedule, prediction_type)
+
+
+@torch.no_grad()
+def solver_target(
     teacher: Denoiser,
-    x_tn: Tensor,
+    xhat: Tensor,
     times: Timesteps,
     cond: Conditioning,
     schedule: Schedule,
     prediction_type: PredictionType,
     *,
-    uncond: Conditioning | None = None,
-    guidance: Tensor | None = None,
+    grid: Tensor,
 ) -> Tensor:
-    """``xhat``: one DDIM step of the teacher from ``t_n`` to ``t_{n-1}``.
-
-    Args:
-        uncond, guidance: unconditional embeddings and scales ``[b]``, used in one batched call; None where guidance is baked in.
-    """
-    if uncond is not None and guidance is not None:
-        teacher = guided_denoiser(teacher, uncond, guidance.view(-1, 1, 1, 1))
-    return jump(teacher, x_tn, times.t_n, times.t_prev, cond, schedule, prediction_type)
+    """The teacher's own way on from ``xhat``, one DDIM step of the grid after another, until each sample is at its ``t_end``."""
+    x, t = xhat, times.t_prev
+    while bool((moving := t > times.t_end).any()):
+        lower = torch.where(moving, grid[(torch.searchsorted(grid, t) - 1).clamp(min=0)], t)
+        x = torch.where(moving.view(-1, 1, 1, 1), jump(teacher, x, t, lower, cond, schedule, prediction_type), x)
+        t = lower
+    return x
 
 
 @torch.no_grad()
@@ -105,3 +126,8 @@ def consistency_target(
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error, both at ``t_end`` (CTM would map both to the clean end first: not the same)."""
     return (prediction.float() - target.float()).square().mean()
+
+
+def huber(prediction: Tensor, target: Tensor, c: float = 0.001) -> Tensor:
+    """The mean of ``sqrt(d^2 + c^2) - c`` over all elements (LCM's pseudo-Huber distance, arXiv 2310.04378)."""
+    return ((prediction.float() - target.float()).square() + c**2).sqrt().mean() - c

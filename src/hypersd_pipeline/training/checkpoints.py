@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,33 @@ class CheckpointStore:
         for old in self._files(key)[: -self.keep]:
             old.unlink()
 
-    def load(self, key: str, map_location: str | torch.device = "cpu") -> tuple[int, dict[str, Any]] | None:
-        """The newest readable checkpoint made under ``key``: ``(step, state)``, or None.
+    def discard_after(self, key: str, step: int) -> None:
+        """Delete the key's checkpoints of later steps."""
+        for file in self._files(key):
+            if int(file.stem.removeprefix("step-")) > step:
+                file.unlink()
+
+    def load(
+        self, key: str, map_location: str | torch.device = "cpu", accept: Callable[[dict[str, Any]], bool] = lambda state: True
+    ) -> tuple[int, dict[str, Any]] | None:
+        """The newest readable checkpoint made under ``key`` that ``accept`` takes: ``(step, state)``, or None.
 
         An unreadable file is passed over for the one before it.
 
         Raises:
             UserError: every checkpoint of the key is unreadable.
         """
-        files = self._files(key)
+        files, unreadable = self._files(key), 0
         for file in reversed(files):
             try:
                 data = torch.load(file, map_location=map_location, weights_only=True)
-                return data["step"], data["state"]
             except Exception as error:
                 log.warning("%s: unreadable checkpoint passed over (%s)", file, type(error).__name__)
-        if files:
+                unreadable += 1
+                continue
+            if accept(data["state"]):
+                return data["step"], data["state"]
+        if files and unreadable == len(files):
             raise UserError(
                 f"{self.path / key}: none of its {len(files)} checkpoints can be read; delete the folder to start the stage anew."
             )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -44,9 +45,11 @@ class LoopConfig(Strict):
         learning_rate, schedule, warmup_steps: see `learning_rate_at`.
         max_grad_norm: clipping. betas, weight_decay: AdamW's.
         mixed_precision: ``no`` or ``bf16`` (autocast; LoRA gradients in fp16 would need loss scaling, so it is not offered).
+        conv_precision: how a CPU with bf16 instructions multiplies inside float32 convolutions; everything around them stays float32.
         log_every, checkpoint_every: in updates.
         seed: of every random draw of the stage.
-        max_bad_steps: consecutive non-finite losses before the stage gives up.
+        max_bad_steps, max_rollbacks: after so many non-finite steps in a row the stage goes back to its last good checkpoint with half the
+            learning rate; after so many returns it gives up.
     """
 
     steps: int = Field(ge=1)
@@ -59,10 +62,12 @@ class LoopConfig(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     mixed_precision: Literal["no", "bf16"] = "no"
+    conv_precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=100, ge=1)
     seed: int = 0
     max_bad_steps: int = Field(default=10, ge=1)
+    max_rollbacks: int = Field(default=2, ge=0)
 
     @model_validator(mode="after")
     def _whole_passes(self) -> LoopConfig:
@@ -72,7 +77,7 @@ class LoopConfig(Strict):
 
     def identity(self) -> dict[str, Any]:
         """What the trained weights depend on: a checkpoint stays good when only the logging changes."""
-        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_every", "max_bad_steps"})
+        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_every", "max_bad_steps", "max_rollbacks"})
 
 
 class TrainingStopped(RuntimeError):
@@ -80,8 +85,9 @@ class TrainingStopped(RuntimeError):
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
-    """Device and autocast of a stage. accelerate keeps one precision for a whole process, while each of our stages has its own."""
+    """Device, autocast and convolution precision of a stage; both are kept per process, while each of our stages has its own."""
     AcceleratorState._reset_state()
+    torch.backends.mkldnn.conv.fp32_precision = "bf16" if config.conv_precision == "bf16" else "ieee"  # type: ignore[attr-defined]
     return Accelerator(mixed_precision=config.mixed_precision)
 
 
@@ -129,97 +135,174 @@ def train(
     metrics: MetricStream,
     accelerator: Accelerator,
     after_update: Callable[[], None] = lambda: None,
+    companions: Mapping[str, torch.optim.Optimizer] | None = None,
+    watch: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
+    constants: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Run ``config.steps`` updates, continuing from the newest checkpoint made under ``key``.
+
+    A step with a non-finite loss or gradient is skipped, counted and logged. After ``max_bad_steps`` of them in a row training goes back
+    to its last good checkpoint with half the learning rate and other random draws, ``max_rollbacks`` times at most.
 
     Args:
         name: shown in the progress bar.
         parameters: what the optimiser trains.
         loss_fn: draws its batch from the generator and returns ``(loss, detached scalars to log)``; called ``accumulate`` times an update.
-        state: everything besides the optimiser and the generator that a checkpoint must hold.
+        state: everything besides the optimisers and the generator that a checkpoint must hold.
         after_update: called after each applied update (EMA).
+        companions: optimisers of opponents (a discriminator), whose gradients ``loss_fn`` leaves in their parameters. They step with the
+            main one: all of them, or none when any gradient is not finite.
+        watch: called with the logged values and the step, for alarms.
+        constants: figures that are known before the training and belong into its report.
 
     Returns:
         ``mean_images_per_second``, ``mean_step_seconds`` (of the last process that trained), ``peak_memory_mb``, ``final_loss``,
-        ``total_skipped_steps``; for a stage that was finished before, what it had then.
+        ``total_skipped_steps``, ``total_rollbacks`` and ``constants``; for a stage that was finished before, what it had then.
 
     Raises:
-        TrainingStopped: interrupted (the checkpoint of the last finished step is saved), or ``max_bad_steps`` non-finite losses in a row.
+        TrainingStopped: interrupted (the checkpoint of the last finished step is saved), or non-finite once more after the last rollback.
     """
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-    generator = torch.Generator().manual_seed(config.seed)
-    start, bad, skipped, figures = _resume(checkpoints, key, state, optimizer, generator)
+    main = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    run = _Run(name, config, {"main": main, **(companions or {})}, dict(state), key, checkpoints, dict(constants or {}))
+    step = run.resume()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    meter = _Meter(name, start, config, metrics, accelerator.device)
-
-    def save(step: int) -> None:
-        nonlocal figures
-        figures = {**meter.figures(), "total_skipped_steps": float(skipped)}
-        payload = {"optimizer": optimizer.state_dict(), "generator": generator.get_state(), "bad": bad, "skipped": skipped}
-        modules = {k: v.state_dict() for k, v in state.items()}
-        checkpoints.save(step, key, {**payload, "figures": figures, "modules": modules})
-
+    meter = _Meter(name, step, config, metrics, watch, accelerator.device)
     with _stop_request() as stop_asked:
-        for step in range(start, config.steps):
-            rate = learning_rate_at(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        while step < config.steps:
+            rate = run.set_learning_rate(step)
             scalars: Mapping[str, Tensor] = {}
             for _ in range(config.accumulate):
                 with accelerator.autocast():
-                    loss, scalars = loss_fn(generator)
+                    loss, scalars = loss_fn(run.generator)
                 accelerator.backward(loss / config.accumulate)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            if torch.isfinite(grad_norm):  # non-finite gradients would poison Adam's moments for good: skip, count, go on
-                optimizer.step()
+            grad_norm, applied = run.apply()
+            if applied:
                 after_update()
-                bad = 0
-            else:
-                bad, skipped = bad + 1, skipped + 1
-            optimizer.zero_grad(set_to_none=True)
-            meter.update(step, {"loss": loss.detach(), "grad_norm": grad_norm, **scalars}, rate, skipped)
-            done = step + 1
-            if bad >= config.max_bad_steps:
-                raise TrainingStopped(
-                    f"{name}: {bad} steps in a row had a non-finite loss or gradient; lower the learning rate (now {rate:g})."
-                )
-            if done % config.checkpoint_every == 0 or done == config.steps or stop_asked():
-                save(done)
+            step += 1
+            meter.update(step, {"loss": loss.detach(), "grad_norm": grad_norm, **scalars}, rate, run.skipped)
+            if run.bad >= config.max_bad_steps:
+                step = run.roll_back(rate)
+                meter.rewind(step)
+            due = step % config.checkpoint_every == 0 and run.bad == 0  # what is saved on schedule is good: there it goes back to
+            if due or step == config.steps or stop_asked():
+                run.save(step, meter.figures())
             if stop_asked():
-                raise TrainingStopped(f"{name}: interrupted after step {done}; run the same command to continue.")
+                raise TrainingStopped(f"{name}: interrupted after step {step}; run the same command to continue.")
     meter.bar.close()
-    return figures
+    return run.figures
 
 
-def _resume(
-    checkpoints: CheckpointStore, key: str, state: Mapping[str, Stateful], optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> tuple[int, int, int, dict[str, float]]:
-    found = checkpoints.load(key)
-    if found is None:
-        return 0, 0, 0, {}
-    step, saved = found
-    optimizer.load_state_dict(saved["optimizer"])
-    generator.set_state(saved["generator"])
-    for name, part in state.items():
-        part.load_state_dict(saved["modules"][name])
-    log.info("%s: continuing after step %d", checkpoints.path.name, step)
-    return step, saved["bad"], saved["skipped"], saved["figures"]
+class _Run:
+    """What a checkpoint holds, and how it is saved, restored and rolled back."""
+
+    def __init__(
+        self,
+        name: str,
+        config: LoopConfig,
+        optimizers: dict[str, torch.optim.Optimizer],
+        state: dict[str, Stateful],
+        key: str,
+        checkpoints: CheckpointStore,
+        constants: dict[str, float],
+    ) -> None:
+        self.name, self.config, self.optimizers, self.state = name, config, optimizers, state
+        self.key, self.checkpoints, self.constants = key, checkpoints, constants
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.bad = self.skipped = self.rollbacks = 0
+        self.figures: dict[str, float] = {}
+
+    def set_learning_rate(self, step: int) -> float:
+        """Of the main optimiser; companions keep theirs."""
+        rate = learning_rate_at(step, self.config) * 0.5**self.rollbacks
+        for group in self.optimizers["main"].param_groups:
+            group["lr"] = rate
+        return rate
+
+    def apply(self) -> tuple[Tensor, bool]:
+        """Clip, and step all optimisers or none: non-finite gradients would poison Adam's moments for good."""
+        groups = [[p for g in o.param_groups for p in g["params"]] for o in self.optimizers.values()]
+        norms = [torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm) for parameters in groups]
+        finite = bool(torch.isfinite(torch.stack(norms)).all())
+        for optimizer in self.optimizers.values():
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.bad, self.skipped = (0, self.skipped) if finite else (self.bad + 1, self.skipped + 1)
+        return norms[0], finite
+
+    def save(self, step: int, figures: Mapping[str, float]) -> None:
+        self.figures = {**self.constants, **figures, "total_skipped_steps": float(self.skipped), "total_rollbacks": float(self.rollbacks)}
+        payload = {
+            "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
+            "generator": self.generator.get_state(),
+            "counts": {"bad": self.bad, "skipped": self.skipped, "rollbacks": self.rollbacks},
+            "figures": self.figures,
+            "modules": {k: v.state_dict() for k, v in self.state.items()},
+        }
+        self.checkpoints.save(step, self.key, payload)
+
+    def resume(self) -> int:
+        """The step to continue from."""
+        found = self.checkpoints.load(self.key)
+        if found is None:
+            return 0
+        step = self._restore(*found)
+        log.info("%s: continuing after step %d", self.checkpoints.path.name, step)
+        return step
+
+    def _restore(self, step: int, saved: dict[str, Any]) -> int:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        self.generator.set_state(saved["generator"])
+        for name, part in self.state.items():
+            part.load_state_dict(saved["modules"][name])
+        counts = saved["counts"]
+        self.bad, self.skipped, self.rollbacks, self.figures = counts["bad"], counts["skipped"], counts["rollbacks"], saved["figures"]
+        return step
+
+    def roll_back(self, rate: float) -> int:
+        """Go back to the last good checkpoint; the learning rate is halved and the draws are others, or the same would happen again."""
+        bad, skipped, rollbacks = self.bad, self.skipped, self.rollbacks
+        advice = f"{self.name}: {bad} steps in a row had a non-finite loss or gradient"
+        if rollbacks >= self.config.max_rollbacks:
+            raise TrainingStopped(f"{advice}, after {rollbacks} returns to an earlier checkpoint; lower the learning rate (now {rate:g}).")
+        found = self.checkpoints.load(self.key, accept=lambda saved: saved["counts"]["bad"] == 0)
+        if found is None:
+            raise TrainingStopped(f"{advice}, before the first checkpoint; lower the learning rate (now {rate:g}).")
+        step = self._restore(*found)
+        self.checkpoints.discard_after(self.key, step)
+        self.bad, self.skipped, self.rollbacks = 0, skipped, rollbacks + 1
+        self.generator.manual_seed(int(np.random.SeedSequence([self.config.seed, self.rollbacks, step]).generate_state(1)[0]))
+        log.warning("%s; back to the checkpoint of step %d, with the learning rate halved (rollback %d).", advice, step, self.rollbacks)
+        return step
 
 
 class _Meter:
     """Progress bar, live figures and throughput. Reads tensors only every ``log_every`` steps: each read is a CPU-GPU sync point."""
 
-    def __init__(self, name: str, start: int, config: LoopConfig, metrics: MetricStream, device: torch.device) -> None:
-        self.config, self.metrics, self.device, self.start = config, metrics, device, start
+    def __init__(
+        self,
+        name: str,
+        start: int,
+        config: LoopConfig,
+        metrics: MetricStream,
+        watch: Callable[[Mapping[str, float], int], None],
+        device: torch.device,
+    ) -> None:
+        self.config, self.metrics, self.watch, self.device = config, metrics, watch, device
         self.bar = tqdm(total=config.steps, initial=start, desc=name, unit="step", mininterval=2.0, dynamic_ncols=True)
-        self.began = self.marked = time.perf_counter()
-        self.done = self.marked_step = start
         self.loss = float("nan")
+        self.rewind(start)
 
-    def update(self, step: int, scalars: Mapping[str, Tensor], rate: float, skipped: int) -> None:
-        self.done = step + 1
+    def rewind(self, step: int) -> None:
+        """Count and time from this step on."""
+        self.began = self.marked = time.perf_counter()
+        self.start = self.done = self.marked_step = self.bar.n = step
+
+    def update(self, done: int, scalars: Mapping[str, Tensor], rate: float, skipped: int) -> None:
+        self.done = done
         self.bar.update()
         if self.done % self.config.log_every and self.done != self.config.steps:
             return
@@ -230,6 +313,7 @@ class _Meter:
         self.marked, self.marked_step = now, self.done
         self.bar.set_postfix_str(f"loss {self.loss:.4f}, {speed:.0f} images/s")
         self.metrics({**values, "learning_rate": rate, "images_per_second": speed, "skipped_steps": float(skipped)}, self.done)
+        self.watch(values, self.done)
 
     def figures(self) -> dict[str, float]:
         steps, seconds = self.done - self.start, time.perf_counter() - self.began

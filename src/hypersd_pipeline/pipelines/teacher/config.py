@@ -47,6 +47,7 @@ class UnetConfig(Strict):
     Attributes:
         caption_dropout: chance that a caption is replaced by "" (classifier-free guidance).
         min_snr_gamma: weight ``min(snr, gamma) / snr`` on the epsilon loss (arXiv 2303.09556).
+        refine_loop: a second training that starts from the averaged weights of the first, with a new optimiser; None for none.
     """
 
     block_out_channels: tuple[int, ...] = (96, 192)
@@ -62,6 +63,7 @@ class UnetConfig(Strict):
     min_snr_gamma: float = Field(default=5.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     loop: LoopConfig
+    refine_loop: LoopConfig | None = None
 
 
 class TeacherTrainingConfig(Strict):

@@ -15,7 +15,7 @@ from hypersd_pipeline.diffusion.schedule import Schedule, add_noise
 from hypersd_pipeline.pipelines.teacher.config import UnetConfig
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
 from hypersd_pipeline.training.ema import ema_update
-from hypersd_pipeline.training.loop import MetricStream, make_accelerator, train
+from hypersd_pipeline.training.loop import LoopConfig, MetricStream, make_accelerator, train
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -123,18 +123,42 @@ def train_unet(
     metrics: MetricStream,
 ) -> Denoiser:
     """Train on the latents' posterior mean and std, two ``[n, c, h, w]``, and their captions; returns the averaged weights."""
-    accelerator = make_accelerator(config.loop)
-    device = accelerator.device
-    mean, std = latents
     tokenizer = build_tokenizer(captions, config)
-    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    tokens = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     torch.manual_seed(config.loop.seed)
-    model = build_denoiser(tokenizer, config, mean.shape[1], mean.shape[2])
-    network = torch.nn.ModuleDict({"unet": model.unet, "text": model.text_encoder}).to(device).train()
+    model = build_denoiser(tokenizer, config, latents[0].shape[1], latents[0].shape[2])
+    network = torch.nn.ModuleDict({"unet": model.unet, "text": model.text_encoder})
+    shape = config.model_dump(mode="json", exclude={"loop", "refine_loop"})
+    key = fingerprint("unet", {**shape, "loop": config.loop.identity()}, data_key)
+    network = _train_loop(network, latents, tokens, config, config.loop, key, checkpoints, metrics)
+    if config.refine_loop is not None:
+        key = fingerprint("unet refined", key, config.refine_loop.identity())
+        first = config.loop.steps
+        network = _train_loop(
+            network, latents, tokens, config, config.refine_loop, key, checkpoints, lambda values, step: metrics(values, first + step)
+        )
+    return Denoiser(network["unet"], network["text"], tokenizer)
+
+
+def _train_loop(
+    network: torch.nn.ModuleDict,
+    latents: tuple[Tensor, Tensor],
+    tokens: tuple[Tensor, Tensor],
+    config: UnetConfig,
+    loop: LoopConfig,
+    key: str,
+    checkpoints: CheckpointStore,
+    metrics: MetricStream,
+) -> torch.nn.ModuleDict:
+    """One training of UNet and text encoder; ``tokens`` are those of the captions and of "". Returns the averaged weights."""
+    accelerator = make_accelerator(loop)
+    device = accelerator.device
+    (mean, std), (ids, empty) = latents, tokens
+    network = network.to(device).train().requires_grad_(True)
     average = copy.deepcopy(network).requires_grad_(False)
     parameters, averaged = list(network.parameters()), list(average.parameters())
     schedule = Schedule.from_config(SCHEDULER_CONFIG)
-    batch = config.loop.batch_size // config.loop.accumulate
+    batch = loop.batch_size // loop.accumulate
 
     def loss_fn(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         picks = torch.randint(len(mean), (batch,), generator=generator)
@@ -142,9 +166,8 @@ def train_unet(
         z = torch.randn(x0.shape, generator=generator)
         t = torch.randint(schedule.num_train_timesteps, (batch,), generator=generator)
         dropped = torch.rand(batch, 1, generator=generator) < config.caption_dropout
-        ids = torch.where(dropped, empty, tokens[picks]).to(device)
+        embeds = network["text"](torch.where(dropped, empty, ids[picks]).to(device)).last_hidden_state
         x0, z, t = x0.to(device), z.to(device), t.to(device)
-        embeds = network["text"](ids).last_hidden_state
         output = network["unet"](add_noise(x0, z, t, schedule), t, encoder_hidden_states=embeds, return_dict=False)[0]
         return epsilon_loss(output, z, t, schedule, config.min_snr_gamma), {}
 
@@ -152,13 +175,12 @@ def train_unet(
         "unet",
         parameters=parameters,
         loss_fn=loss_fn,
-        config=config.loop,
+        config=loop,
         state={"network": network, "average": average},
-        key=fingerprint("unet", {**config.model_dump(mode="json"), "loop": config.loop.identity()}, data_key),
+        key=key,
         checkpoints=checkpoints,
         metrics=metrics,
         accelerator=accelerator,
         after_update=lambda: ema_update(averaged, parameters, config.ema_decay),
     )
-    average = average.cpu().eval()
-    return Denoiser(average["unet"], average["text"], tokenizer)
+    return average.cpu().eval()

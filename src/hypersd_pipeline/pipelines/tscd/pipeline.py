@@ -1,4 +1,4 @@
-"""One stage pipeline, instantiated once for each number of segments."""
+"""One stage pipeline, instantiated once for each number of segments, and once for each baseline."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from hypersd_pipeline.pipelines.tscd.nodes import train_stage
 SEGMENTS = (8, 4, 2, 1)
 
 
-def stage_pipeline(k: int, previous: int | None) -> Pipeline:
-    """Train and evaluate the stage with `k` segments, starting from the LoRA of the stage with `previous` segments.
+def stage_pipeline(namespace: str, name: str, previous: str | None = None) -> Pipeline:
+    """Train and evaluate one stage, starting from the LoRA of the stage ``previous``.
 
-    Everything inside is in the namespace ``tscd_k<k>`` (``tscd_k8.metric_stream``, ``params:tscd_k8.stage``); the outputs are flat:
-    ``lora_k8``, ``report_k8``, ``metrics_k8``, ``grid_k8``, ``samples_k8``.
+    Everything inside is in the namespace (``tscd_k8.metric_stream``, ``params:tscd_k8.stage``); the outputs are flat:
+    ``lora_<name>``, ``report_<name>``, ``metrics_<name>``, ``grid_<name>``, ``samples_<name>``.
     """
     start = {"previous": "previous"} if previous else {}
-    carried = {"previous": f"lora_k{previous}"} if previous else {}
+    carried = {"previous": f"lora_{previous}"} if previous else {}
     train = Node(
         train_stage,
         inputs={
@@ -41,14 +41,26 @@ def stage_pipeline(k: int, previous: int | None) -> Pipeline:
     )
     return Pipeline(
         [train, evaluate],
-        namespace=f"tscd_k{k}",
+        namespace=namespace,
         parameters={"params:teacher", "params:tscd", "params:evaluation"},
         inputs={"latents": "latents", "evaluation_reference": "evaluation_reference", **carried},
-        outputs={name: f"{name}_k{k}" for name in ("lora", "report", "metrics", "grid", "samples")},
+        outputs={kind: f"{kind}_{name}" for kind in ("lora", "report", "metrics", "grid", "samples")},
+    )
+
+
+def chain(namespaces: dict[str, str]) -> Pipeline:
+    """The reference that stages are evaluated against, and stages that start from one another.
+
+    Args:
+        namespaces: each stage's namespace and name, in order.
+    """
+    reference = evaluation.create_pipeline().only_nodes("prepare_reference")
+    previous = (None, *namespaces.values())
+    return sum(
+        (stage_pipeline(space, name, before) for (space, name), before in zip(namespaces.items(), previous, strict=False)), reference
     )
 
 
 def create_pipeline(**_: Any) -> Pipeline:
-    """The reference that stages are evaluated against, and the four stages, from many segments to one."""
-    reference = evaluation.create_pipeline().only_nodes("prepare_reference")
-    return sum((stage_pipeline(k, previous) for previous, k in zip((None, *SEGMENTS[:-1]), SEGMENTS, strict=True)), reference)
+    """The four stages, from many segments to one."""
+    return chain({f"tscd_k{k}": f"k{k}" for k in SEGMENTS})

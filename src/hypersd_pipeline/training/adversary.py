@@ -1,0 +1,150 @@
+"""The adversarial half of the hybrid distance (Hyper-SD section 3.1, after SDXL-Lightning, arXiv 2402.13929)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.config import Strict
+from hypersd_pipeline.diffusion.schedule import Schedule, renoise
+from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.discriminator import encode_to_mid, make_head
+from hypersd_pipeline.objectives.adversarial import discriminator_loss, generator_loss
+
+log = logging.getLogger(__name__)
+
+ADAPTER = "discriminator"
+
+
+class AdversarialConfig(Strict):
+    """The discriminator of a stage; it starts anew in each.
+
+    Attributes:
+        weight: of the adversarial term; 0 is none. With ``balance`` its gradient at the prediction is first brought to the norm of the
+            squared error's, so that the weight is a share and does not depend on the teacher's scale.
+        encoder: ``frozen`` trains the head alone on the teacher's features; ``adapter`` trains the encoder too, through a LoRA of its own.
+        pair: judge ``(x_t, x_s)``, or ``x_s`` alone.
+        renoise: bring both sides to a shared, higher noise level before they are judged (PCM).
+        hidden: channels of the head, a multiple of 32.
+        learning_rate, betas: of its AdamW.
+        alarm_after: updates in a row that it may be right about everything before a warning.
+    """
+
+    weight: float = Field(default=0.0, ge=0)
+    balance: bool = True
+    encoder: Literal["frozen", "adapter"] = "frozen"
+    pair: bool = True
+    renoise: bool = False
+    hidden: int = Field(default=128, ge=32)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.0, 0.99)
+    alarm_after: int = Field(default=20, ge=1)
+
+    @field_validator("hidden")
+    @classmethod
+    def _whole_groups(cls, hidden: int) -> int:
+        if hidden % 32:
+            raise ValueError(f"hidden is {hidden}, not a multiple of 32, the groups of its normalisation")
+        return hidden
+
+
+class Adversary:
+    """A discriminator on the student's own frozen UNet, and its optimiser.
+
+    "Real" is the consistency target, not data. The encoder runs once per sample and side; discriminator and student both take their
+    gradients from that pass, the student with the discriminator as it was before the update.
+
+    Args:
+        adapters: the UNet; needs an adapter ``discriminator`` for ``encoder: adapter``.
+        segments: k; bounds how far ``renoise`` goes.
+        passes: of gradient accumulation in an update.
+    """
+
+    def __init__(
+        self,
+        adapters: AdaptedUNet,
+        config: AdversarialConfig,
+        schedule: Schedule,
+        *,
+        segments: int,
+        passes: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.adapters, self.config, self.schedule, self.segments, self.passes = adapters, config, schedule, segments, passes
+        self.head = make_head(adapters.unet, config.hidden, 2 if config.pair else 1, seed).to(device)
+        self.adapter = ADAPTER if config.encoder == "adapter" else None
+        self.parameters = [*self.head.parameters(), *(adapters.parameters(ADAPTER) if self.adapter else ())]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+        self.streak = torch.zeros((), device=device)
+
+    def judge(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        prediction: Tensor,
+        target: Tensor,
+        s: Tensor,
+        cond: Conditioning,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Leave the discriminator's gradient in its parameters and return the student's loss, whose only leaf is ``prediction``.
+
+        Args:
+            x_t, t: what the student saw. prediction, target: ``[b, c, h, w]`` at the times ``s``; ``prediction`` is a leaf.
+        """
+        if self.config.renoise:
+            prediction, target, s = self._renoised(prediction, target, s, generator)
+        with nullcontext() if self.adapter else torch.no_grad():
+            known = self._encode(torch.cat([target, x_t]), torch.cat([s, t]), Conditioning.cat(cond, cond)) if self.config.pair else None
+            real_features, seen = known.chunk(2) if known is not None else (self._encode(target, s, cond), None)
+        fake_features = self._encode(prediction, s, cond)
+        real, fake = self._logits(real_features, seen), self._logits(fake_features, seen)
+        loss = discriminator_loss(real, fake)
+        (loss / self.passes).backward(inputs=self.parameters, retain_graph=True)
+        correct = ((real > 0).float().mean() + (fake < 0).float().mean()).detach() / 2
+        self.streak = torch.where(correct == 1, self.streak + 1, torch.zeros_like(self.streak))
+        scalars = {"loss": loss, "accuracy": correct, "logit_real": real.mean(), "logit_fake": fake.mean(), "unbeaten_steps": self.streak}
+        return generator_loss(fake), {f"discriminator_{name}": value.detach() for name, value in scalars.items()}
+
+    def watch(self, values: Mapping[str, float], step: int) -> None:
+        """Warn of a discriminator that is always right: the student then learns nothing from it."""
+        unbeaten = values.get("discriminator_unbeaten_steps", 0)
+        if unbeaten >= self.config.alarm_after:
+            log.warning(
+                "Step %d: the discriminator has been right about everything for %d updates; lower adversarial.learning_rate or "
+                "adversarial.weight, or use encoder: frozen.",
+                step,
+                unbeaten,
+            )
+
+    def _encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        self.adapters.use(self.adapter)
+        dtype = self.adapters.dtype
+        return encode_to_mid(self.adapters.unet, x.to(dtype), t, cond.to(dtype=dtype))
+
+    def _logits(self, features: Tensor, seen: Tensor | None) -> Tensor:
+        return self.head(features if seen is None else torch.cat([features, seen], dim=1))
+
+    def _renoised(self, prediction: Tensor, target: Tensor, s: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        T = self.schedule.num_train_timesteps
+        share = torch.rand(len(s), generator=generator).to(s.device)
+        t_star = (s + (share * (T // self.segments)).long()).clamp(max=T - 1)
+        z = torch.randn(prediction.shape, generator=generator).to(prediction)
+        return renoise(prediction, s, t_star, z, self.schedule), renoise(target, s, t_star, z, self.schedule), t_star
+
+    def state_dict(self) -> dict[str, Any]:
+        """The head and the alarm's count; the encoder's adapter is in the adapters' state, the optimiser in the loop's."""
+        return {"head": self.head.state_dict(), "streak": self.streak}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.head.load_state_dict(state_dict["head"])
+        self.streak = state_dict["streak"].to(self.streak)

@@ -1,0 +1,80 @@
+"""What a step costs, in forward passes of the UNet at the training batch ("F"), measured in the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.discriminator import encode_to_mid
+from hypersd_pipeline.training.distillation import StageConfig
+
+
+@torch.no_grad()
+def measure_forward(
+    adapters: AdaptedUNet, x: Tensor, cond: Conditioning, autocast: Callable[[], AbstractContextManager[object]], repeats: int = 3
+) -> dict[str, float]:
+    """Median seconds of one forward pass of the base UNet on ``x``, and the share of it that the encoder and mid block take.
+
+    Returns:
+        ``unet_forward_seconds`` and ``encoder_share``.
+    """
+    t = torch.full((len(x),), 500, device=x.device)
+    x, cond = x.to(adapters.dtype), cond.to(dtype=adapters.dtype)
+
+    def median(call: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(repeats + 1):
+            _wait(x.device)
+            began = time.perf_counter()
+            with autocast():
+                call()
+            _wait(x.device)
+            seconds.append(time.perf_counter() - began)
+        return sorted(seconds[1:])[repeats // 2]
+
+    adapters.use(None)
+    whole = median(lambda: adapters.unet(x, t, **cond.unet_kwargs(), return_dict=False))
+    return {"unet_forward_seconds": whole, "encoder_share": median(lambda: encode_to_mid(adapters.unet, x, t, cond)) / whole}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ideal_forwards(config: StageConfig, encoder_share: float) -> float:
+    """Forward equivalents of one update of a stage without any overhead.
+
+    Teacher 2 (one batched call with both halves of the guidance) or 1 (``previous_stage``), target 1, student 2 (a backward pass through
+    LoRAs costs about one forward). The adversarial term adds encoder passes: three forward and one back with a frozen encoder, three more
+    back with a trained one. Gradient checkpointing adds one for whatever is recomputed.
+    """
+    solver = 2.0 if config.teacher == "base" else 1.0
+    target = {"ema": 1.0, "student": 1.0, "solver": solver * _further_solver_steps(config)}[config.target]
+    again = 1.0 if config.gradient_checkpointing else 0.0
+    encoder = 0.0
+    if config.adversarial.weight:
+        points = 3.0 if config.adversarial.pair else 2.0
+        back = 1.0 + (points if config.adversarial.encoder == "adapter" else 0.0)
+        encoder = points + back + again * back
+    return solver + target + 2.0 + again + encoder * encoder_share
+
+
+def _further_solver_steps(config: StageConfig) -> float:
+    """Steps after the first that a batch takes until its last sample has arrived (progressive distillation)."""
+    return config.solver_points / config.segments - 1
+
+
+def with_cost(report: Mapping[str, float], config: StageConfig) -> dict[str, float]:
+    """The report with ``step_forwards`` (measured), ``ideal_forwards`` and ``step_over_ideal`` added, where the stage has trained steps."""
+    if "mean_step_seconds" not in report:
+        return dict(report)
+    ideal = ideal_forwards(config, report["encoder_share"])
+    forwards = report["mean_step_seconds"] / (report["unet_forward_seconds"] * config.loop.accumulate)
+    return {**report, "step_forwards": forwards, "ideal_forwards": ideal, "step_over_ideal": forwards / ideal}

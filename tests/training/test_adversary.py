@@ -1,0 +1,261 @@
+"""The hybrid distance: who gets a gradient, one student graph a step, exact resume, alarms, and checkpointing."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+from test_layouts import prepare
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.diffusion.schedule import Schedule, add_noise, renoise
+from hypersd_pipeline.models.discriminator import encode_to_mid, make_head
+from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
+from hypersd_pipeline.objectives import adversarial
+from hypersd_pipeline.pipelines.tscd.nodes import distil
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.training.cost import ideal_forwards
+from hypersd_pipeline.training.distillation import DistillationStep, StageConfig, make_adapters, make_adversary
+
+CONFIG = StageConfig(
+    segments=2,
+    guidance=(3.0, 5.0),
+    adversarial={"weight": 0.5, "hidden": 32},
+    lora={"rank": 2, "target_modules": ("to_q", "to_v", "conv1")},
+    loop={"steps": 4, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "checkpoint_every": 2},
+)
+CPU = torch.device("cpu")
+
+
+def variant(**changes):
+    return StageConfig.model_validate({**CONFIG.model_dump(), **changes})
+
+
+def with_adversarial(**changes):
+    return variant(adversarial={**CONFIG.adversarial.model_dump(), **changes})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return TeacherConfig(source=str(tiny.write_sd15(tmp_path_factory.mktemp("sd15"))))
+
+
+def build(checkpoint, config):
+    model = load_teacher(checkpoint, parts=("unet",))
+    adapters = make_adapters(model.unet, config)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        model.unet.train()
+    with torch.no_grad():  # away from zero, where B = 0 would hide half of the gradients
+        for parameter in adapters.parameters("student"):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    adversary = make_adversary(adapters, config, model.schedule, CPU)
+    return model, adapters, adversary, DistillationStep(adapters, config, model.schedule, model.prediction_type, CPU, adversary)
+
+
+def batch(n=4):
+    generator = torch.Generator().manual_seed(3)
+    cond, uncond = (Conditioning(torch.randn(n, 5, 32, generator=generator)) for _ in range(2))
+    return torch.randn(n, 4, 8, 8, generator=generator), cond, uncond
+
+
+def gradients(checkpoint, config):
+    _, adapters, adversary, step = build(checkpoint, config)
+    loss, scalars = step(*batch(), torch.Generator().manual_seed(0))
+    loss.backward()
+    return loss, scalars, adapters, adversary
+
+
+def test_losses_by_hand():
+    real, fake = torch.tensor([0.0, 2.0]), torch.tensor([0.0, -1.0])
+    softplus = lambda x: torch.log1p(torch.exp(torch.tensor(x)))  # noqa: E731
+    assert adversarial.discriminator_loss(real, fake).item() == pytest.approx(
+        float((softplus(0.0) + softplus(-2.0)) / 2 + (softplus(0.0) + softplus(-1.0)) / 2)
+    )
+    assert adversarial.generator_loss(fake).item() == pytest.approx(float((softplus(0.0) + softplus(1.0)) / 2))
+    scaled = adversarial.balanced(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0]))
+    assert torch.allclose(scaled, torch.tensor([0.6, 0.8]))
+    assert torch.equal(adversarial.balanced(torch.tensor([3.0]), torch.zeros(1)), torch.tensor([3.0]))
+    assert torch.isfinite(adversarial.balanced(torch.zeros(2), torch.ones(2))).all()
+
+
+def test_mid_features_are_those_of_the_whole_forward_pass(tmp_path):
+    for layout in ("sd15", "sdxl"):
+        model = load_teacher(TeacherConfig(source=str(tiny.write_teacher(tmp_path / layout, layout))))
+        cond = model.encode_prompts(["a red apple", "two cats"])
+        x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+        seen = []
+        handle = model.unet.mid_block.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            model.unet(x, t, **cond.unet_kwargs())
+            handle.remove()
+            assert torch.equal(encode_to_mid(model.unet, x, t, cond), seen[0])
+        assert make_head(model.unet, 32, 1, seed=0)(seen[0]).shape == (2,)
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "adapter"])
+def test_who_gets_a_gradient(checkpoint, encoder):
+    _, _, adapters, adversary = gradients(checkpoint, with_adversarial(encoder=encoder))
+    student = {id(p) for p in adapters.parameters("student")}
+    judge = {id(p) for p in adversary.parameters}
+    assert all(p.grad is not None for p in adapters.parameters("student"))
+    assert all(p.grad is not None for p in adversary.head.parameters())
+    for name, parameter in adapters.unet.named_parameters():
+        if parameter.grad is not None:
+            assert id(parameter) in student | judge, name  # not the base, not the averaged student
+    if encoder == "adapter":
+        pairs = adapters._pairs("discriminator")
+        assert pairs and all(name.startswith(("down_blocks", "mid_block")) for name, _, _ in pairs)
+        assert all(b.grad is not None and b.grad.abs().sum() > 0 for _, _, b in pairs)
+
+
+def test_the_discriminators_gradient_is_its_own_loss_and_the_students_is_not(checkpoint):
+    """Against plain autograd: the discriminator's loss through the head alone, the student's through everything but the head."""
+    config = with_adversarial(balance=False)
+    model, adapters, adversary, step = build(checkpoint, config)
+    captured = {}
+    judge = adversary.judge
+    adversary.judge = lambda *a: captured.setdefault("inputs", a) and judge(*a)
+    loss, _ = step(*batch(), torch.Generator().manual_seed(0))
+    loss.backward()
+    x_t, t, leaf, target, s, cond, _ = captured["inputs"]
+    adapters.use(None)
+    f_t, f_real, f_fake = (encode_to_mid(model.unet, x, at, cond) for x, at in ((x_t, t), (target, s), (leaf, s)))
+    real, fake = adversary.head(torch.cat([f_real, f_t], 1)), adversary.head(torch.cat([f_fake, f_t], 1))
+    wanted = torch.autograd.grad(adversarial.discriminator_loss(real, fake), list(adversary.head.parameters()), retain_graph=True)
+    for parameter, gradient in zip(adversary.head.parameters(), wanted, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+    whole = step.distance(leaf, target) + 0.5 * adversarial.generator_loss(fake)
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    (direction,) = torch.autograd.grad(whole, leaf)
+    again = build(checkpoint, variant(adversarial={}))  # the same student, once more, without an adversary
+    from hypersd_pipeline.objectives import tscd
+
+    times_n = t
+    prediction = tscd.jump(again[1].denoiser("student"), x_t, times_n, s, cond, model.schedule, "epsilon")
+    prediction.backward(direction)
+    for one, other in zip(adapters.parameters("student"), again[1].parameters("student"), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "adapter"])
+def test_the_students_graph_is_built_once(checkpoint, encoder):
+    _, adapters, _, step = build(checkpoint, with_adversarial(encoder=encoder))
+    calls = []
+    adapters.unet.register_forward_hook(
+        lambda module, inputs, output: calls.append((adapters._layers[0]._disable_adapters, len(inputs[0]), torch.is_grad_enabled()))
+    )
+    loss, _ = step(*batch(), torch.Generator().manual_seed(0))
+    loss.backward()
+    assert calls == [(True, 8, False), (False, 4, False), (False, 4, True)]  # teacher with both halves, target, student
+    assert ideal_forwards(with_adversarial(encoder=encoder), 0.35) == pytest.approx(5 + (4 if encoder == "frozen" else 7) * 0.35)
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "adapter"])
+def test_gradient_checkpointing_gives_the_same_gradients(checkpoint, encoder):
+    plain = gradients(checkpoint, with_adversarial(encoder=encoder))
+    saved = gradients(checkpoint, variant(adversarial={**CONFIG.adversarial.model_dump(), "encoder": encoder}, gradient_checkpointing=True))
+    for one, other in ((plain[2].parameters("student"), saved[2].parameters("student")), (plain[3].parameters, saved[3].parameters)):
+        assert all(torch.allclose(a.grad, b.grad, atol=1e-6) for a, b in zip(one, other, strict=True))
+
+
+def test_balance_makes_the_weight_a_share(checkpoint, monkeypatch):
+    """Whatever the scale of the head, its gradient at the prediction has the norm of the squared error's."""
+    from hypersd_pipeline.training import distillation
+
+    norms = []
+    scale = distillation.balanced
+
+    def spy(gradient, reference):
+        norms.append((gradient.norm().item(), scale(gradient, reference).norm().item(), reference.norm().item()))
+        return scale(gradient, reference)
+
+    monkeypatch.setattr(distillation, "balanced", spy)
+    for factor in (1.0, 100.0):
+        _, _, adversary, step = build(checkpoint, CONFIG)
+        with torch.no_grad():
+            adversary.head.layers[-1].weight.mul_(factor)
+        step(*batch(), torch.Generator().manual_seed(0))
+    assert norms[1][0] > 5 * norms[0][0]
+    assert norms[1][1] == pytest.approx(norms[1][2], rel=1e-4) and norms[0][1] == pytest.approx(norms[1][1], rel=1e-4)
+
+
+def test_renoise_meets_the_forward_process():
+    schedule = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+    x0, a, b = (torch.randn(2000, 1, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    s, t = torch.full((2000,), 249), torch.full((2000,), 700)
+    x_s = add_noise(x0, a, s, schedule)
+    assert torch.equal(renoise(x_s, s, s, b, schedule), x_s)
+    moved = renoise(x_s, s, t, b, schedule)
+    alpha, sigma = schedule.at(t[:1], x0[:1])
+    assert (moved - alpha.float() * x0).std().item() == pytest.approx(float(sigma), rel=0.02)
+
+
+def test_renoised_and_single_point_judgement(checkpoint):
+    loss, scalars, _, adversary = gradients(checkpoint, with_adversarial(renoise=True, pair=False))
+    assert torch.isfinite(loss) and 0 <= scalars["discriminator_accuracy"] <= 1
+    assert all(p.grad is not None for p in adversary.parameters)
+
+
+def test_discriminator_resumes_bit_for_bit(tmp_path_factory, tmp_path):
+    folder = tmp_path_factory.mktemp("resume")
+    teacher = TeacherConfig(source=str(tiny.write_sd15(folder)))
+    latents = prepare(folder, teacher)
+    config = with_adversarial(encoder="adapter")
+
+    def run(path, stream=lambda values, step: None):
+        lora, report = distil(latents, teacher, config, CheckpointStore(path), stream)
+        (key,) = [p for p in path.iterdir() if p.is_dir()]
+        return lora, CheckpointStore(path).load(key.name)[1], report
+
+    whole = run(tmp_path / "whole")
+
+    def dies(values, step):
+        if step == 3:
+            raise RuntimeError("the machine went away")
+
+    with pytest.raises(RuntimeError, match="went away"):
+        run(tmp_path / "parts", dies)
+    parts = run(tmp_path / "parts")
+    assert all(torch.equal(whole[0].tensors[k], parts[0].tensors[k]) for k in whole[0].tensors)
+    for part in ("modules", "optimizers"):
+        assert_same(whole[1][part], parts[1][part])
+    assert whole[1]["optimizers"]["discriminator"]["state"] and "discriminator" in whole[1]["modules"]["adapters"]
+    assert whole[2]["ideal_forwards"] > 5 and whole[2]["step_over_ideal"] > 0
+
+
+def assert_same(one, other):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+def test_alarm_for_an_unbeaten_discriminator(checkpoint, caplog):
+    """With targets and predictions that differ by a constant the head learns to be always right; the count starts anew when it errs."""
+    _, _, adversary, _ = build(checkpoint, with_adversarial(alarm_after=3))
+    x, cond, _ = batch()
+    t, s = torch.full((4,), 499), torch.full((4,), 249)
+    optimizer = torch.optim.Adam(adversary.parameters, lr=0.01)
+    counts = []
+    for _ in range(40):
+        prediction = (x - 3).requires_grad_()
+        _, scalars = adversary.judge(x, t, prediction, x + 3, s, cond, torch.Generator())
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.append(float(scalars["discriminator_unbeaten_steps"]))
+    assert counts[-1] >= 3 and counts[-1] == counts[-2] + 1
+    with caplog.at_level(logging.WARNING):
+        adversary.watch({"discriminator_unbeaten_steps": 2.0}, 5)
+        assert not caplog.records
+        adversary.watch({"discriminator_unbeaten_steps": counts[-1]}, 40)
+    assert "right about everything" in caplog.text and "lower adversarial.learning_rate" in caplog.text
+    adversary.judge(x, t, (x + 3).requires_grad_(), x - 3, s, cond, torch.Generator())  # the other way round it is always wrong
+    assert adversary.streak == 0
