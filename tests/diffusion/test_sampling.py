@@ -72,6 +72,24 @@ def test_sampling_is_diffusers_loop(kind, steps, scale):
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)  # theirs is float32 throughout
 
 
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_stochastic_sampling_is_diffusers_tcd_loop(kind, eta):
+    from diffusers import TCDScheduler
+
+    scheduler = TCDScheduler(**SD, prediction_type=kind, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    grid = trailing_timesteps(4)
+    scheduler.set_timesteps(timesteps=grid.tolist())
+    cond, start = conditioning(3), torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x, theirs, ours = start, torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+    for t in scheduler.timesteps:
+        x = scheduler.step(toy(x, t.expand(3), cond), t, x, eta=eta, generator=theirs).prev_sample
+    got = sample_ddim(toy, start, cond, grid, SCHEDULE, kind, eta=eta, noise=lambda step: torch.randn(start.shape, generator=ours))
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="needs noise"):
+        sample_ddim(toy, start, cond, grid, SCHEDULE, kind, eta=eta)
+
+
 def test_guidance_without_an_unconditional_is_refused():
     with pytest.raises(ValueError, match="unconditional"):
         sample_ddim(toy, torch.randn(1, 4, 8, 8), conditioning(1), trailing_timesteps(1), SCHEDULE, "epsilon", guidance_scale=3.0)

@@ -160,9 +160,9 @@ def test_empty_lora_is_the_teacher_without_guidance(reference: Path, teacher: Te
 
 def test_contract_is_required(teacher: TeacherConfig) -> None:
     with pytest.raises(UserError, match="sampling_contract"):
-        nodes.contract_steps(LoRA({}, {}))
+        nodes.read_contract(LoRA({}, {}))
     with pytest.raises(UserError, match=r"guidance_scale 3\.0"):
-        nodes.contract_steps(lora(teacher, 0.0, guidance_scale=3.0))
+        nodes.read_contract(lora(teacher, 0.0, guidance_scale=3.0))
 
 
 def test_wiring_is_complete() -> None:

@@ -121,7 +121,7 @@ def test_rollbacks_are_limited_and_resumable(tmp_path):
     def broken(net, x, seen):
         return ((net(x) - x) ** 2).mean() * (float("nan") if seen >= 5 else 1.0)
 
-    with pytest.raises(TrainingStopped, match="2 steps in a row .* after 1 returns to an earlier checkpoint; lower the learning rate"):
+    with pytest.raises(TrainingStopped, match=r"2 steps in a row .* after 1 returns to an earlier checkpoint; lower the learning rate"):
         run(tmp_path, config=config, loss=broken)
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["step-00000004.pt"]  # nothing from the bad streak
     repaired = run(tmp_path, config=config)
@@ -144,9 +144,9 @@ def test_companions_step_with_the_main_optimiser_or_not_at_all(tmp_path):
         return net(x).square().mean(), {}
 
     figures = train(
-        "toy", parameters=net.parameters(), loss_fn=loss_fn, config=CONFIG.model_copy(update={"steps": 4}), state={"net": net, "rival": rival},
-        key="k", checkpoints=CheckpointStore(tmp_path), metrics=lambda m, s: None, accelerator=make_accelerator(CONFIG),
-        companions={"rival": optimizer}, constants={"unet_forward_seconds": 0.5},
+        "toy", parameters=net.parameters(), loss_fn=loss_fn, config=CONFIG.model_copy(update={"steps": 4}), key="k",
+        state={"net": net, "rival": rival}, checkpoints=CheckpointStore(tmp_path), metrics=lambda m, s: None,
+        accelerator=make_accelerator(CONFIG), companions={"rival": optimizer}, constants={"unet_forward_seconds": 0.5},
     )  # fmt: skip
     assert moved == [[False, False], [False, False], [False, False], [True, True]]
     assert figures["total_skipped_steps"] == 2 and figures["unet_forward_seconds"] == 0.5

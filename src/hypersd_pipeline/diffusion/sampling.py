@@ -1,7 +1,8 @@
-"""Deterministic sampling, for teachers (with guidance) and for students (without)."""
+"""Sampling, for teachers (with guidance) and for students (without)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.diffusion.guidance import guide
-from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule, ddim, to_x0_eps
+from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule, ddim, renoise, to_x0_eps
 
 Denoiser = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """``(x_t [b, c, h, w], t int64 [b], cond) -> raw network output [b, c, h, w]``."""
@@ -36,13 +37,18 @@ def sample_ddim(
     *,
     uncond: Conditioning | None = None,
     guidance_scale: float = 1.0,
+    eta: float = 0.0,
+    noise: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
-    """DDIM with eta 0 along falling ``timesteps``; the last step goes to the clean end ``abar[0]`` (``set_alpha_to_one=False``).
+    """DDIM along falling ``timesteps``; the last step goes to the clean end ``abar[0]`` (``set_alpha_to_one=False``).
 
     Args:
         x_T: pure noise ``[b, c, h, w]``.
         timesteps: int64 ``[steps]``, falling.
         uncond: batch of one or of ``b``; needed where ``guidance_scale`` is not 1.
+        eta: TCDScheduler's (gamma of arXiv 2402.19159), not DDIM's: each step but the last goes on to ``floor((1 - eta) s)`` and is
+            noised back up to ``s``. 1 is LCM's sampling, 0 is DDIM.
+        noise: step index -> noise ``[b, c, h, w]``; needed where ``eta`` is not 0.
 
     Returns:
         latents ``[b, c, h, w]`` in the dtype of ``x_T``.
@@ -51,9 +57,14 @@ def sample_ddim(
         if uncond is None:
             raise ValueError("guidance_scale other than 1 needs the unconditional embedding")
         denoiser = guided_denoiser(denoiser, uncond.expand(len(x_T)) if len(uncond) == 1 else uncond, guidance_scale)
+    if eta and noise is None:
+        raise ValueError("eta other than 0 needs noise")
     x = x_T
-    for t, s in zip(timesteps.tolist(), [*timesteps[1:].tolist(), 0], strict=True):
+    for i, (t, s) in enumerate(zip(timesteps.tolist(), [*timesteps[1:].tolist(), 0], strict=True)):
         at = torch.full((len(x),), t, device=x.device)
         x0, eps = to_x0_eps(denoiser(x, at, cond), x, at, schedule, prediction_type)
-        x = ddim(x0, eps, torch.full_like(at, s), schedule).to(x_T.dtype)
+        low = math.floor((1 - eta) * s)
+        x = ddim(x0, eps, torch.full_like(at, low), schedule).to(x_T.dtype)
+        if low < s and noise is not None:
+            x = renoise(x, torch.full_like(at, low), torch.full_like(at, s), noise(i).to(x), schedule)
     return x

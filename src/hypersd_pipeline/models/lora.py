@@ -54,8 +54,11 @@ class LoRA:
         return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
-def sampling_contract(steps: int, schedule_config: dict[str, Any], prediction_type: str) -> str:
-    """How a stage's LoRA must be sampled (METHOD of the paper's release): DDIM, trailing spacing, eta 0, no guidance; JSON."""
+def sampling_contract(steps: int, schedule_config: dict[str, Any], prediction_type: str, eta: float = 0.0) -> str:
+    """How a stage's LoRA must be sampled (as the paper's release): DDIM, trailing spacing, no guidance; JSON.
+
+    With an ``eta`` above 0 the scheduler is TCDScheduler (a stochastic baseline's).
+    """
     scheduler = {
         **schedule_config,
         "prediction_type": prediction_type,
@@ -65,11 +68,11 @@ def sampling_contract(steps: int, schedule_config: dict[str, Any], prediction_ty
         "steps_offset": 1,
     }
     contract = {
-        "scheduler": "DDIMScheduler",
+        "scheduler": "TCDScheduler" if eta else "DDIMScheduler",
         "scheduler_config": scheduler,
         "steps": steps,
         "timestep_spacing": "trailing",
-        "eta": 0.0,
+        "eta": eta,
         "guidance_scale": 1.0,
     }
     return json.dumps(contract, sort_keys=True)

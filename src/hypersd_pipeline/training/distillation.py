@@ -49,6 +49,7 @@ class MethodConfig(Strict):
         adversarial: the other half of the hybrid distance.
         ema_decay: mu of the averaged student, which is also what is exported.
         gradient_checkpointing: less memory for one more forward pass.
+        sampling_eta: of the sampling contract, TCDScheduler's; 0 is DDIM, 1 is LCM's sampling.
     """
 
     solver_points: int = Field(default=40, ge=1)
@@ -64,6 +65,7 @@ class MethodConfig(Strict):
     adversarial: AdversarialConfig = AdversarialConfig()
     ema_decay: float = Field(default=0.95, ge=0, lt=1)
     gradient_checkpointing: bool = False
+    sampling_eta: float = Field(default=0.0, ge=0, le=1)
     lora: LoraConfig
     loop: LoopConfig
 

@@ -82,7 +82,7 @@ class _Bench:
             bench.texts[name] = bench.scorer.text_embeddings(split.prompts)
         return bench
 
-    def row(self, split: str, steps: int, guidance_scale: float) -> tuple[Metrics, list[Image.Image]]:
+    def row(self, split: str, steps: int, guidance_scale: float, eta: float = 0.0) -> tuple[Metrics, list[Image.Image]]:
         """Metrics of one number of steps on one split, and the pictures of the first ``grid_prompts`` prompts."""
         uncond = self.teacher.unconditional(1) if guidance_scale != 1 else None
         batches = generate(
@@ -93,6 +93,7 @@ class _Bench:
             batch_size=self.config.batch_size,
             uncond=uncond,
             guidance_scale=guidance_scale,
+            eta=eta,
         )
         shown: list[Image.Image] = []
         scores = self.scorer.score_all(_watched(batches, shown, self.config.grid_prompts))
@@ -125,15 +126,17 @@ def _watched(batches: Iterable[Tensor], shown: list[Image.Image], n: int) -> Ite
         yield batch
 
 
-def _evaluate(bench: _Bench, steps: Iterable[int], own_steps: int, guidance_scale: float) -> tuple[Metrics, Image.Image, FolderWriter]:
+def _evaluate(
+    bench: _Bench, steps: Iterable[int], own_steps: int, guidance_scale: float, eta: float = 0.0
+) -> tuple[Metrics, Image.Image, FolderWriter]:
     metrics: Metrics = {}
     samples: dict[int, list[Image.Image]] = {}
     for n in sorted({*steps, own_steps}):
-        figures, samples[n] = bench.row("test", n, guidance_scale)
+        figures, samples[n] = bench.row("test", n, guidance_scale, eta)
         metrics |= figures
     metrics["samples"] = len(bench.splits["test"])
     if "test_unseen" in bench.splits:
-        metrics |= bench.row("test_unseen", own_steps, guidance_scale)[0]
+        metrics |= bench.row("test_unseen", own_steps, guidance_scale, eta)[0]
         metrics["unseen_samples"] = len(bench.splits["test_unseen"])
     prompts = bench.splits["test"].prompts[: bench.config.grid_prompts]
     grid = labelled_grid([(_steps_label(n), pictures) for n, pictures in samples.items()], prompts)
@@ -161,7 +164,7 @@ def evaluate_teacher(teacher: TeacherConfig, reference: Path, evaluation: Evalua
 def evaluate_stage(
     lora: LoRA, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig
 ) -> tuple[Metrics, Image.Image, FolderWriter]:
-    """A LoRA without guidance at each of ``student_steps``, and at its own number of steps on unseen names.
+    """A LoRA without guidance, with its contract's eta, at each of ``student_steps``, and at its own number of steps on unseen names.
 
     Returns:
         Flat metrics (``fd_efficientnet_lite0_recon/4_steps`` with ``_low`` and ``_high``, ``clip_score/4_steps``,
@@ -170,17 +173,18 @@ def evaluate_stage(
     Raises:
         UserError: the LoRA carries no sampling contract, it asks for guidance, or it was trained on other data than the reference's.
     """
-    own_steps = contract_steps(lora)
+    own_steps, eta = read_contract(lora)
     bench = _Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
     merge_lora(bench.teacher.unet, lora)
-    return _evaluate(bench, evaluation.student_steps, own_steps, 1.0)
+    return _evaluate(bench, evaluation.student_steps, own_steps, 1.0, eta)
 
 
-def contract_steps(lora: LoRA) -> int:
-    """The number of steps of the LoRA's sampling contract."""
+def read_contract(lora: LoRA) -> tuple[int, float]:
+    """The number of steps and the eta of the LoRA's sampling contract."""
     try:
         contract = json.loads(lora.metadata["sampling_contract"])
         steps, guidance = int(contract["steps"]), float(contract["guidance_scale"])
+        eta = float(contract.get("eta", 0.0))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError("LoRA: its metadata has no readable sampling_contract; train it again with this project.") from error
     if guidance > 1:
@@ -188,7 +192,7 @@ def contract_steps(lora: LoRA) -> int:
             f"LoRA: its sampling_contract asks for guidance_scale {guidance}, few-step LoRAs are evaluated without; train it "
             f"again with this project."
         )
-    return steps
+    return steps, eta
 
 
 def write_samples(folder: Path, samples: Mapping[int, list[Image.Image]]) -> None:

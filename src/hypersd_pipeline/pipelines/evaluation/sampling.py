@@ -14,10 +14,10 @@ from hypersd_pipeline.diffusion.sampling import sample_ddim
 from hypersd_pipeline.models.teacher import Teacher
 
 
-def prompt_noise(indices: range, shape: tuple[int, int, int], seed: int) -> Tensor:
-    """Noise ``[len(indices), c, h, w]`` float32 on the CPU: one generator per prompt, seeded by (seed, index)."""
+def prompt_noise(indices: range, shape: tuple[int, int, int], seed: int, draw: int = 0) -> Tensor:
+    """Noise ``[len(indices), c, h, w]`` float32 on the CPU: one generator per prompt and draw, seeded by (seed, index, draw)."""
     # torch's CPU generator looks at the low 32 bits of its seed only, so the two numbers are hashed into them.
-    seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in indices]
+    seeds = [int(np.random.SeedSequence([seed, i, *([draw] if draw else [])]).generate_state(1)[0]) for i in indices]
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
@@ -30,8 +30,9 @@ def generate(
     batch_size: int,
     uncond: Conditioning | None = None,
     guidance_scale: float = 1.0,
+    eta: float = 0.0,
 ) -> Iterator[Tensor]:
-    """Sample one picture per prompt with DDIM on the trailing grid, batch by batch.
+    """Sample one picture per prompt on the trailing grid, batch by batch, with DDIM or, for an ``eta`` above 0, as TCDScheduler does.
 
     Args:
         cond: of ``n`` prompts; ``uncond``: of one, needed for guidance.
@@ -45,10 +46,14 @@ def generate(
     for start in range(0, len(cond), batch_size):
         indices = range(start, min(start + batch_size, len(cond)))
         x_T = prompt_noise(indices, shape, seed).to(teacher.device)
+
+        def noise(step: int, indices: range = indices) -> Tensor:
+            return prompt_noise(indices, shape, seed, draw=step + 1).to(teacher.device)
+
         with torch.inference_mode():
             latents = sample_ddim(
                 denoiser, x_T, cond[slice(indices.start, indices.stop)], timesteps, teacher.schedule, teacher.prediction_type,
-                uncond=uncond, guidance_scale=guidance_scale,
+                uncond=uncond, guidance_scale=guidance_scale, eta=eta, noise=noise,
             )  # fmt: skip
             images = teacher.decode(latents)
         yield images

@@ -140,5 +140,5 @@ def _metadata(config: StageConfig, model: Teacher, latents: LatentCache) -> dict
         "teacher_unet_sha256": model.content_hash("unet"),
         "data_key": latents.key,
         "data_rows": latents.parts["rows"],
-        "sampling_contract": sampling_contract(config.segments, scheduler, model.prediction_type),
+        "sampling_contract": sampling_contract(config.segments, scheduler, model.prediction_type, config.sampling_eta),
     }
