@@ -59,6 +59,12 @@ def test_each_step_runs_the_passes_it_is_charged_for(step_cost, name):
 
 
 @pytest.mark.parametrize("name", ["tscd_base_adversarial", "lcm"])
+def test_sdxl_layout_runs_the_same_passes(step_cost, name):
+    row = step_cost.measure_alone(step_cost.parse(["--preset", "tiny-sdxl", "--device", "cpu", "--alone", name]))
+    assert counted(row) == PASSES[name]
+
+
+@pytest.mark.parametrize("name", ["tscd_base_adversarial", "lcm"])
 def test_bfloat16_and_checkpointing_run_the_same_passes(step_cost, name):
     options = ["--dtype", "bfloat16", "--gradient-checkpointing", "--batch", "3", "--alone", name]
     assert counted(step_cost.measure_alone(step_cost.parse([*TINY, *options]))) == PASSES[name]

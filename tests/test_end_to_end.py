@@ -148,3 +148,20 @@ def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes
     shutil.rmtree(smoke / "data/06_models/lora_k1")
     run("dvc", "pull")
     assert weights.read_bytes() == trained
+
+
+def test_a_baseline_and_the_ablation_run_on_the_same_data(smoke, run):
+    run("kedro", "run", "--env", "smoke", "--pipelines", "baseline_progressive")
+    lora = smoke / "data/06_models/lora_progressive_k1"
+    assert (lora / "pytorch_lora_weights.safetensors").exists() and (smoke / "data/08_reporting/metrics_progressive_k1.json").exists()
+    first = run("kedro", "run", "--env", "smoke", "--pipelines", "ablation")
+    table = (smoke / "data/08_reporting/ablation.md").read_text()
+    assert "|8-4-2-1 hybrid|1|" in table and "|TCD|1|" in table and "|teacher|1|" in table
+    with Image.open(smoke / "data/08_reporting/ablation.png") as plot:
+        assert plot.width > 500
+    client = MlflowClient(f"sqlite:///{smoke / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("hypersd")
+    cell = next(r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == "8-4-2-1 hybrid seed 0")
+    assert cell.info.status == "FINISHED" and "clip_score/4_steps" in cell.data.metrics and "loss" in cell.data.metrics
+    again = run("kedro", "run", "--env", "smoke", "--pipelines", "ablation")
+    assert "done before" not in first.stdout + first.stderr and "TCD seed 0: done before" in again.stdout + again.stderr

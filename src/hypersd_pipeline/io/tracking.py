@@ -3,7 +3,8 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,19 @@ def _targets() -> Iterable[tuple[str, str, bool]]:
     yield run.info.run_id, "", is_stage
     if is_stage:
         yield run.data.tags[PARENT_TAG], f"{run.data.tags[STAGE_TAG]}/", False
+
+
+@contextmanager
+def child_run(name: str, parameters: Mapping[str, Any]) -> Iterator[None]:
+    """A nested run for a part of a node's work, with its parameters flattened; nothing where no run is active."""
+    import mlflow
+
+    if mlflow.active_run() is None:
+        yield
+        return
+    with mlflow.start_run(run_name=name, nested=True):
+        mlflow.log_params(flatten(parameters, sep="."))
+        yield
 
 
 def log_rows(rows: list[dict[str, Any]], stamps: list[float]) -> None:

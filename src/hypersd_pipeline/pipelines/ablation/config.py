@@ -1,0 +1,103 @@
+"""Configuration of the ablation, and the cells that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from hypersd_pipeline.config import Strict
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.training.cost import ideal_forwards
+from hypersd_pipeline.training.distillation import StageConfig
+
+
+class AblationConfig(Strict):
+    """What is compared, and what each training may cost.
+
+    Attributes:
+        budget: of a training, all its stages together, in forward passes of the UNet on a batch; evaluation is not counted.
+        shares: of the budget, for the stages of a chain with 8, 4, 2 and 1 segments.
+        encoder_share: what the encoder and mid block cost of a forward pass; a constant, so that a second run plans the same steps.
+        seeds: each cell is trained once with each, seed by seed.
+        only: names of the cells to run; null runs all.
+    """
+
+    budget: float = Field(gt=0)
+    shares: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.4)
+    encoder_share: float = Field(default=0.4, gt=0, le=1)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    only: tuple[str, ...] | None = None
+
+    @field_validator("shares")
+    @classmethod
+    def _whole(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError("shares must be positive and add up to 1")
+        return shares
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One candidate: a name and its stages, in order."""
+
+    name: str
+    stages: tuple[StageConfig, ...]
+
+    def seeded(self, seed: int) -> Cell:
+        """The same with another seed."""
+        return Cell(self.name, tuple(_changed(stage, loop={"seed": seed}) for stage in self.stages))
+
+
+def plan(config: AblationConfig, tscd: dict[int, StageConfig], baselines: dict[str, tuple[StageConfig, ...]]) -> list[Cell]:
+    """The cells: {k=1, 8-4-2-1} x {MSE, hybrid} x {offset noise on, off} x {teacher base, previous stage}, and the baselines.
+
+    A single stage has no previous one, so that it comes with ``base`` only.
+
+    Args:
+        tscd: segments -> the stage as configured. baselines: name -> its stages.
+
+    Raises:
+        UserError: ``only`` names a cell that there is not, or the budget is too small for a stage.
+    """
+    chains: dict[str, list[StageConfig]] = {"8-4-2-1": [tscd[k] for k in (8, 4, 2, 1)], "k=1": [tscd[1]]}
+    cells = []
+    for (chain, stages), hybrid, offset, previous in product(chains.items(), (True, False), (True, False), (False, True)):
+        if previous and len(stages) == 1:
+            continue
+        name = f"{chain} {'hybrid' if hybrid else 'MSE'}{'' if offset else ', no offset noise'}{', previous stage' if previous else ''}"
+        cells.append(Cell(name, tuple(_variant(s, hybrid, offset, previous and i > 0) for i, s in enumerate(stages))))
+    cells += [Cell(name, stages) for name, stages in baselines.items()]
+    known = [cell.name for cell in cells]
+    if unknown := [name for name in config.only or () if name not in known]:
+        raise UserError(f"ablation.only: there is no cell {unknown[0]!r}; the cells are {'; '.join(known)}.")
+    return [Cell(cell.name, _within_budget(cell, config)) for cell in cells if config.only is None or cell.name in config.only]
+
+
+def _changed(stage: StageConfig, **sections: Any) -> StageConfig:
+    values = stage.model_dump()
+    for name, value in sections.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    return StageConfig.model_validate(values)
+
+
+def _variant(stage: StageConfig, hybrid: bool, offset: bool, previous: bool) -> StageConfig:
+    changes: dict[str, Any] = {"teacher": "previous_stage" if previous else "base"}
+    if not offset:
+        changes["offset_noise"] = 0.0
+    if not hybrid:
+        changes |= {"mse_weight": 1.0, "adversarial": {"weight": 0.0}}
+    return _changed(stage, **changes)
+
+
+def _within_budget(cell: Cell, config: AblationConfig) -> tuple[StageConfig, ...]:
+    shares = config.shares if len(cell.stages) > 1 else (1.0,)
+    planned = []
+    for stage, share in zip(cell.stages, shares, strict=True):
+        steps = round(config.budget * share / ideal_forwards(stage, config.encoder_share))
+        if steps < 1:
+            raise UserError(f"ablation.budget: {config.budget:g} forward passes do not pay for one step of '{cell.name}'; raise it.")
+        planned.append(_changed(stage, loop={"steps": steps}))
+    return tuple(planned)

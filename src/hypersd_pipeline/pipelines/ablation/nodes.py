@@ -1,0 +1,112 @@
+"""Nodes of the ablation: plan the cells, run or resume them, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from hypersd_pipeline.data.cache import LatentCache
+from hypersd_pipeline.io.records import RecordStore
+from hypersd_pipeline.metrics.config import EvaluationConfig
+from hypersd_pipeline.models.lora import LoRA
+from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.pipelines.ablation.config import AblationConfig, Cell, plan
+from hypersd_pipeline.pipelines.evaluation.nodes import evaluate_stage, evaluate_teacher
+from hypersd_pipeline.pipelines.evaluation.results import long_table
+from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
+from hypersd_pipeline.pipelines.tscd.nodes import distil
+from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
+from hypersd_pipeline.training.cost import ideal_forwards
+from hypersd_pipeline.training.distillation import StageConfig
+
+
+def plan_cells(
+    ablation: AblationConfig,
+    defaults: TscdDefaults,
+    k8: StageOverrides,
+    k4: StageOverrides,
+    k2: StageOverrides,
+    k1: StageOverrides,
+    lcm: StageOverrides,
+    tcd: StageOverrides,
+    pcm: StageOverrides,
+    progressive_k8: StageOverrides,
+    progressive_k4: StageOverrides,
+    progressive_k2: StageOverrides,
+    progressive_k1: StageOverrides,
+) -> list[Cell]:
+    """Every cell with its stages, each with as many steps as its share of the budget pays for."""
+    tscd: dict[int, StageConfig] = {stage.segments: stage.apply(defaults) for stage in (k8, k4, k2, k1)}
+    progressive = (progressive_k8, progressive_k4, progressive_k2, progressive_k1)
+    baselines = {"LCM": (lcm,), "TCD": (tcd,), "PCM": (pcm,), "progressive": progressive}
+    return plan(ablation, tscd, {name: tuple(s.apply(defaults) for s in stages) for name, stages in baselines.items()})
+
+
+def run_cells(
+    cells: list[Cell],
+    ablation: AblationConfig,
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    reference: Path,
+    evaluation: EvaluationConfig,
+    checkpoints: CheckpointStore,
+    records: RecordStore,
+) -> pd.DataFrame:
+    """Train and evaluate each cell with each seed, seed by seed, each in an MLflow run of its own.
+
+    What has a record under the same configuration, data and reference is not run again; stages that cells have in common are trained once.
+
+    Returns:
+        A line per figure: model (the cell), seed, row (``4_steps``), split, metric, samples, value, low, high; the teacher is a model too.
+    """
+    shared = [evaluation.model_dump(mode="json"), teacher.model_dump(mode="json"), latents.key]
+
+    def teacher_figures() -> dict[str, float]:
+        return evaluate_teacher(teacher, reference, evaluation)[0]
+
+    frames = [_frame("teacher", 0, records.once("teacher", fingerprint(shared), {}, teacher_figures))]
+    for seed in ablation.seeds:
+        for cell in (cell.seeded(seed) for cell in cells):
+            name = f"{cell.name} seed {seed}"
+            stages = [{**s.model_dump(mode="json"), "loop": s.loop.identity()} for s in cell.stages]
+
+            def figures(cell: Cell = cell, name: str = name) -> dict[str, float]:
+                return _run(cell, name, latents, teacher, reference, evaluation, checkpoints, records)
+
+            frames.append(_frame(cell.name, seed, records.once(name, fingerprint(shared, stages), {"stages": stages}, figures)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _run(
+    cell: Cell,
+    name: str,
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    reference: Path,
+    evaluation: EvaluationConfig,
+    checkpoints: CheckpointStore,
+    records: RecordStore,
+) -> dict[str, float]:
+    lora: LoRA | None = None
+    stream, forwards, images, done = records.stream(name), 0.0, 0, 0
+    for stage in cell.stages:
+
+        def live(values: Mapping[str, float], step: int, first: int = done) -> None:
+            stream(values, first + step)
+
+        lora, report = distil(latents, teacher, stage, checkpoints, live, lora)
+        done += stage.loop.steps
+        forwards += stage.loop.steps * ideal_forwards(stage, report["encoder_share"])
+        images += stage.loop.steps * stage.loop.batch_size
+        stream.flush()
+    assert lora is not None
+    metrics = evaluate_stage(lora, teacher, reference, evaluation)[0]
+    return {**metrics, "trained_updates": done, "trained_images": images, "trained_forwards": forwards}
+
+
+def _frame(name: str, seed: int, record: dict[str, float]) -> pd.DataFrame:
+    frame = long_table({name: record})
+    frame.insert(1, "seed", seed)
+    return frame

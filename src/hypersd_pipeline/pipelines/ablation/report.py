@@ -1,0 +1,83 @@
+"""The ablation's table and plot."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+# two-sided 95 % quantiles of Student's t by degrees of freedom; beyond ten the normal one is near enough
+_T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+
+
+def report(results: pd.DataFrame) -> tuple[str, Image.Image]:
+    """One table (markdown) and one plot.
+
+    A cell's figure is the mean over its seeds; its interval is Student's 95 % interval over them or, with one seed, the bootstrap interval
+    over prompts. The table has the Frechet distance to reconstructions and the CLIP score at each number of steps.
+    """
+    summary = summarise(results)
+    distance = next(metric for metric in summary.metric.unique() if metric.endswith("_recon"))
+    parts = [_table(summary, distance, "Frechet distance to the teacher's reconstructions (lower is better)")]
+    parts += [_table(summary, metric, title) for metric, title in (("clip_score", "CLIP score"), ("image_quality", "Image quality"))]
+    return "\n\n".join(parts) + "\n", _plot(summary[summary.metric == distance])
+
+
+def summarise(results: pd.DataFrame) -> pd.DataFrame:
+    """A line per cell, number of steps and metric on the split ``test``: seeds, mean, low, high."""
+    part = results[(results.split == "test") & results.row.str.endswith("_steps")]
+    lines = []
+    for (model, row, metric), group in part.groupby(["model", "row", "metric"], sort=False):
+        n, mean = len(group), group.value.mean()
+        if n > 1:
+            half = _T.get(n - 1, 1.96) * group.value.std(ddof=1) / math.sqrt(n)
+            low, high = mean - half, mean + half
+        else:
+            low, high = group.low.iloc[0], group.high.iloc[0]
+        steps = int(str(row).removesuffix("_steps"))
+        lines.append({"model": model, "steps": steps, "metric": metric, "seeds": n, "mean": mean, "low": low, "high": high})
+    return pd.DataFrame(lines)
+
+
+def _table(summary: pd.DataFrame, metric: str, title: str) -> str:
+    part = summary[summary.metric == metric]
+    steps = sorted(part[part.model != "teacher"].steps.unique())
+    lines = [["candidate", "seeds", *(f"{n} step{'s' if n > 1 else ''}" for n in steps)], ["-"] * (2 + len(steps))]
+    best = part[part.model != "teacher"].groupby("steps")["mean"].agg("min" if metric.startswith(("fd_", "fid_")) else "max")
+    for model, group in part.groupby("model", sort=False):
+        cells = {r.steps: r for r in group.itertuples()}
+        shown = [_cell(cells[n], model != "teacher" and cells[n].mean == best[n]) if n in cells else "" for n in steps]
+        lines.append([str(model), str(group.seeds.max()), *shown])
+    return f"### {title}\n\n" + "\n".join("|" + "|".join(line) + "|" for line in lines)
+
+
+def _cell(row: object, best: bool) -> str:
+    mean = f"**{row.mean:.4g}**" if best else f"{row.mean:.4g}"  # type: ignore[attr-defined]
+    return f"{mean} [{row.low:.4g}, {row.high:.4g}]"  # type: ignore[attr-defined]
+
+
+def _plot(part: pd.DataFrame) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), dpi=110, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    teacher = part[part.model == "teacher"].set_index("steps")["mean"]
+    students = [m for m in part.model.unique() if m != "teacher"]
+    for i, model in enumerate(students):
+        group = part[part.model == model].sort_values("steps")
+        error = np.stack([group["mean"] - group.low, group.high - group["mean"]]).clip(min=0)
+        shift = 2 ** (0.012 * (i - len(students) / 2))  # so that intervals do not cover each other
+        line = "-" if model.startswith("8-4") else "--" if model.startswith("k=1") else ":"
+        look = {"marker": "osD^vP*X"[i % 8], "markersize": 4, "linestyle": line, "linewidth": 1.2, "capsize": 2}
+        axes.errorbar(group.steps * shift, group["mean"], yerr=error, label=model, **look)  # type: ignore[arg-type]
+    if len(teacher):
+        axes.axhline(teacher[teacher.index.max()], color="black", linewidth=1, label=f"teacher, {teacher.index.max()} steps, guided")
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance to reconstructions", xticks=sorted(part.steps.unique()))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

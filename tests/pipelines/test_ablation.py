@@ -1,0 +1,137 @@
+"""The ablation: its cells, equal budgets, resuming, and the report."""
+
+import pandas as pd
+import pytest
+import tiny
+from test_layouts import write_pictures
+
+from hypersd_pipeline.data.cache import LatentCache
+from hypersd_pipeline.data.config import DataConfig
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.io.records import RecordStore
+from hypersd_pipeline.metrics.config import EvaluationConfig
+from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.pipelines.ablation import nodes
+from hypersd_pipeline.pipelines.ablation.config import AblationConfig, plan
+from hypersd_pipeline.pipelines.ablation.report import report, summarise
+from hypersd_pipeline.pipelines.data_prep.nodes import cache_latents, generate_dataset, validate_rows
+from hypersd_pipeline.pipelines.evaluation.nodes import prepare_reference
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.training.cost import ideal_forwards
+from hypersd_pipeline.training.distillation import StageConfig
+
+
+def stage(segments, weight=0.0, **more):
+    return StageConfig(
+        segments=segments,
+        guidance=(3.0, 5.0),
+        adversarial={"weight": weight, "hidden": 32},
+        lora={"rank": 2, "target_modules": ("to_q",)},
+        loop={"steps": 1, "batch_size": 4, "learning_rate": 0.01},
+        **more,
+    )
+
+
+TSCD = {8: stage(8), 4: stage(4), 2: stage(2, 0.5), 1: stage(1, 1.0)}
+BASELINES = {"TCD": (stage(1, offset_noise=0.0, pure_noise=False),)}
+
+
+def test_cells_are_the_issue_s_and_cost_the_same():
+    config = AblationConfig(budget=1400)
+    cells = plan(config, TSCD, BASELINES)
+    names = [cell.name for cell in cells]
+    assert len(names) == len(set(names)) == 13  # 8 chains, 4 single stages, a baseline
+    for cell in cells:
+        cost = sum(s.loop.steps * ideal_forwards(s, config.encoder_share) for s in cell.stages)
+        assert cost == pytest.approx(1400, rel=0.02), cell.name
+    chosen = {cell.name: cell for cell in cells}
+    plain = chosen["8-4-2-1 MSE, no offset noise, previous stage"].stages
+    assert [s.teacher for s in plain] == ["base", *["previous_stage"] * 3]
+    assert {s.offset_noise for s in plain} == {0.0} and {s.adversarial.weight for s in plain} == {0.0}
+    assert [s.adversarial.weight for s in chosen["8-4-2-1 hybrid"].stages] == [0.0, 0.0, 0.5, 1.0]
+    assert {s.loop.seed for s in chosen["k=1 hybrid"].seeded(7).stages} == {7}
+    assert [c.name for c in plan(AblationConfig(budget=99, only=("TCD",)), TSCD, BASELINES)] == ["TCD"]
+
+
+def test_refusals():
+    with pytest.raises(UserError, match=r"ablation\.only: there is no cell 'TDC'; the cells are 8-4-2-1 hybrid"):
+        plan(AblationConfig(budget=99, only=("TDC",)), TSCD, BASELINES)
+    with pytest.raises(UserError, match=r"ablation\.budget: 3 forward passes do not pay for one step of '8-4-2-1 hybrid'"):
+        plan(AblationConfig(budget=3), TSCD, BASELINES)
+    with pytest.raises(ValueError, match="add up to 1"):
+        AblationConfig(budget=9, shares=(0.5, 0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A teacher, its cache and the evaluation's reference, all of the same 18 + 6 pictures."""
+    folder = tmp_path_factory.mktemp("ablation")
+    teacher = TeacherConfig(source=str(tiny.write_sd15(folder)))
+    data = DataConfig(source={"kind": "folder", "root": str(write_pictures(folder / "pictures", 24))}, shard_rows=8, workers=1)
+    generate_dataset(data)(folder / "dataset")
+    manifest, _ = validate_rows(folder / "dataset", data)
+    cache_latents(manifest, data, teacher)(folder / "latents")
+    (folder / "reference").mkdir()
+    prepare_reference(manifest, teacher, EVALUATION)(folder / "reference")
+    return teacher, LatentCache(folder / "latents"), folder / "reference"
+
+
+EVALUATION = EvaluationConfig(samples=6, batch_size=6, student_steps=(1, 2), teacher_steps=(1, 3), bootstrap=100, grid_prompts=1)
+
+
+def run(world, path, config, cells=None):
+    teacher, latents, reference = world
+    cells = plan(config, TSCD, BASELINES) if cells is None else cells
+    return nodes.run_cells(cells, config, latents, teacher, reference, EVALUATION, CheckpointStore(path / "c"), RecordStore(path / "r"))
+
+
+def test_runs_resumes_and_reports(world, tmp_path, monkeypatch):
+    config = AblationConfig(budget=120, seeds=(0, 1), only=("8-4-2-1 hybrid", "TCD"))
+    trained = []
+    distil = nodes.distil
+
+    def watched(latents, teacher, stage, checkpoints, *rest):
+        lora, figures = distil(latents, teacher, stage, checkpoints, *rest)
+        trained.append((stage.segments, stage.loop.seed))
+        if len(trained) == 7:
+            raise RuntimeError("the machine went away")
+        return lora, figures
+
+    monkeypatch.setattr(nodes, "distil", watched)
+    with pytest.raises(RuntimeError, match="went away"):  # in the second seed, after its second stage
+        run(world, tmp_path, config)
+    assert trained == [(8, 0), (4, 0), (2, 0), (1, 0), (1, 0), (8, 1), (4, 1)]
+    results = run(world, tmp_path, config)
+    assert trained[7:] == [(8, 1), (4, 1), (2, 1), (1, 1), (1, 1)]
+    again = run(world, tmp_path, config)
+    assert len(trained) == 12
+    pd.testing.assert_frame_equal(results, again)
+    assert set(results.model) == {"teacher", "8-4-2-1 hybrid", "TCD"}
+    curve = pd.read_csv(tmp_path / "r" / "8-4-2-1_hybrid_seed_0.csv")
+    steps = sum(s.loop.steps for s in plan(config, TSCD, BASELINES)[0].stages)
+    assert curve.step.max() == steps and curve.step.is_monotonic_increasing
+    table, plot = report(results)
+    assert "|8-4-2-1 hybrid|2|" in table and "|TCD|2|" in table and "### CLIP score" in table
+    assert plot.width > 500
+    other = run(world, tmp_path, AblationConfig(budget=150, seeds=(0,), only=("TCD",)))
+    assert len(trained) == 13 and set(other.model) == {"teacher", "TCD"}  # another budget is another training
+
+
+def test_intervals_by_hand():
+    def line(model, seed, value):
+        common = {"split": "test", "metric": "fd_x_recon", "samples": 9, "low": value - 1, "high": value + 2}
+        return {"model": model, "seed": seed, "row": "4_steps", **common, "value": value}
+
+    three = summarise(pd.DataFrame([line("a", i, v) for i, v in enumerate((10.0, 12.0, 14.0))] + [line("b", 0, 7.0)]))
+    a, b = three.iloc[0], three.iloc[1]
+    assert (a["mean"], a.seeds) == (12.0, 3) and a.high - a["mean"] == pytest.approx(4.303 * 2 / 3**0.5)
+    assert (b["mean"], b.low, b.high) == (7.0, 6.0, 9.0)
+
+
+def test_records_count_only_under_their_key(tmp_path):
+    store = RecordStore(tmp_path)
+    store.put("8-4-2-1 MSE, previous stage seed 0", "k", {"x": 1.5})
+    assert store.get("8-4-2-1 MSE, previous stage seed 0", "k") == {"x": 1.5}
+    assert store.get("8-4-2-1 MSE, previous stage seed 0", "other") is None and store.get("nobody", "k") is None
+    next(tmp_path.glob("*.json")).write_text('{"key": "k", "rec')
+    assert store.get("8-4-2-1 MSE, previous stage seed 0", "k") is None
