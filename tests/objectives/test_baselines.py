@@ -20,7 +20,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 class Toy:
-    """Networks ``eps = a x + 0.1 c``, handed out as an AdaptedUNet does, with one ``a`` per adapter; c is the conditioning's first number."""
+    """Networks ``eps = a x + 0.1 c``, handed out as an AdaptedUNet does, one ``a`` per adapter; c is the conditioning's first number."""
 
     slopes: ClassVar = {None: 0.6, "previous": 0.5, "ema": 0.4, "student": 0.3}
 

@@ -16,6 +16,8 @@ from hypersd_pipeline.pipelines.ablation.config import AblationConfig, plan
 from hypersd_pipeline.pipelines.ablation.report import report, summarise
 from hypersd_pipeline.pipelines.data_prep.nodes import cache_latents, generate_dataset, validate_rows
 from hypersd_pipeline.pipelines.evaluation.nodes import prepare_reference
+from hypersd_pipeline.pipelines.replicates.nodes import ReplicatesConfig, run_replicates
+from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.cost import ideal_forwards
 from hypersd_pipeline.training.distillation import StageConfig
@@ -115,6 +117,28 @@ def test_runs_resumes_and_reports(world, tmp_path, monkeypatch):
     assert plot.width > 500
     other = run(world, tmp_path, AblationConfig(budget=150, seeds=(0,), only=("TCD",)))
     assert len(trained) == 13 and set(other.model) == {"teacher", "TCD"}  # another budget is another training
+
+
+def test_replicates_evaluate_each_stage_with_each_seed_and_resume(world, tmp_path):
+    teacher, latents, reference = world
+    defaults = TscdDefaults(
+        guidance=(3.0, 5.0), lora={"rank": 2, "target_modules": ("to_q",)}, loop={"steps": 2, "batch_size": 4, "learning_rate": 0.01}
+    )
+    stages = [StageOverrides(segments=k) for k in (8, 4, 2, 1)]
+
+    def once(seeds):
+        places = CheckpointStore(tmp_path / "c"), RecordStore(tmp_path / "r")
+        return run_replicates(ReplicatesConfig(seeds=seeds), defaults, *stages, latents, teacher, reference, EVALUATION, *places)
+
+    first = once((0,))
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").glob("*.json")}
+    both = once((0, 1))
+    assert len(made) == 5 and {path: path.stat().st_mtime_ns for path in made} == made
+    assert list(dict.fromkeys(both.model)) == ["teacher", "k8", "k4", "k2", "k1"]
+    pd.testing.assert_frame_equal(first, both[both.seed == 0].reset_index(drop=True))
+    one, other = (both[(both.model == "k1") & (both.seed == s)].value for s in (0, 1))
+    assert not (one.to_numpy() == other.to_numpy()).all()
+    assert "|k1|2|" in report(both)[0]
 
 
 def test_intervals_by_hand():

@@ -48,7 +48,7 @@ class Cell:
 
     def seeded(self, seed: int) -> Cell:
         """The same with another seed."""
-        return Cell(self.name, tuple(_changed(stage, loop={"seed": seed}) for stage in self.stages))
+        return Cell(self.name, tuple(changed(stage, loop={"seed": seed}) for stage in self.stages))
 
 
 def plan(config: AblationConfig, tscd: dict[int, StageConfig], baselines: dict[str, tuple[StageConfig, ...]]) -> list[Cell]:
@@ -76,7 +76,8 @@ def plan(config: AblationConfig, tscd: dict[int, StageConfig], baselines: dict[s
     return [Cell(cell.name, _within_budget(cell, config)) for cell in cells if config.only is None or cell.name in config.only]
 
 
-def _changed(stage: StageConfig, **sections: Any) -> StageConfig:
+def changed(stage: StageConfig, **sections: Any) -> StageConfig:
+    """The stage with other values; sections are merged key by key."""
     values = stage.model_dump()
     for name, value in sections.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value
@@ -89,7 +90,7 @@ def _variant(stage: StageConfig, hybrid: bool, offset: bool, previous: bool) -> 
         changes["offset_noise"] = 0.0
     if not hybrid:
         changes |= {"mse_weight": 1.0, "adversarial": {"weight": 0.0}}
-    return _changed(stage, **changes)
+    return changed(stage, **changes)
 
 
 def _within_budget(cell: Cell, config: AblationConfig) -> tuple[StageConfig, ...]:
@@ -99,5 +100,5 @@ def _within_budget(cell: Cell, config: AblationConfig) -> tuple[StageConfig, ...
         steps = round(config.budget * share / ideal_forwards(stage, config.encoder_share))
         if steps < 1:
             raise UserError(f"ablation.budget: {config.budget:g} forward passes do not pay for one step of '{cell.name}'; raise it.")
-        planned.append(_changed(stage, loop={"steps": steps}))
+        planned.append(changed(stage, loop={"steps": steps}))
     return tuple(planned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -66,16 +67,16 @@ def run_cells(
     def teacher_figures() -> dict[str, float]:
         return evaluate_teacher(teacher, reference, evaluation)[0]
 
-    frames = [_frame("teacher", 0, records.once("teacher", fingerprint(shared), {}, teacher_figures))]
+    frames = [frame_of("teacher", 0, records.once("teacher", fingerprint(shared), {}, teacher_figures))]
     for seed in ablation.seeds:
         for cell in (cell.seeded(seed) for cell in cells):
             name = f"{cell.name} seed {seed}"
-            stages = [{**s.model_dump(mode="json"), "loop": s.loop.identity()} for s in cell.stages]
+            stages = [stage_identity(stage) for stage in cell.stages]
 
             def figures(cell: Cell = cell, name: str = name) -> dict[str, float]:
                 return _run(cell, name, latents, teacher, reference, evaluation, checkpoints, records)
 
-            frames.append(_frame(cell.name, seed, records.once(name, fingerprint(shared, stages), {"stages": stages}, figures)))
+            frames.append(frame_of(cell.name, seed, records.once(name, fingerprint(shared, stages), {"stages": stages}, figures)))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -106,7 +107,13 @@ def _run(
     return {**metrics, "trained_updates": done, "trained_images": images, "trained_forwards": forwards}
 
 
-def _frame(name: str, seed: int, record: dict[str, float]) -> pd.DataFrame:
+def stage_identity(stage: StageConfig) -> dict[str, Any]:
+    """What a stage's weights depend on, of its configuration."""
+    return {**stage.model_dump(mode="json"), "loop": stage.loop.identity()}
+
+
+def frame_of(name: str, seed: int, record: Mapping[str, float]) -> pd.DataFrame:
+    """A record's metrics as lines of the table."""
     frame = long_table({name: record})
     frame.insert(1, "seed", seed)
     return frame

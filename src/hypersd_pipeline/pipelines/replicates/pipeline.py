@@ -1,0 +1,32 @@
+"""Wiring of the replicates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kedro.pipeline import Node, Pipeline
+
+from hypersd_pipeline.pipelines import evaluation
+from hypersd_pipeline.pipelines.ablation.report import report
+from hypersd_pipeline.pipelines.replicates.nodes import run_replicates
+from hypersd_pipeline.pipelines.tscd.pipeline import SEGMENTS
+
+
+def create_pipeline(**_: Any) -> Pipeline:
+    """``latents``, ``manifest`` and the stages' parameters -> ``replicates_figures``, ``replicates_table``, ``replicates_plot``."""
+    inputs = {
+        "replicates": "params:replicates",
+        "defaults": "params:tscd",
+        **{f"k{k}": f"params:tscd_k{k}.stage" for k in SEGMENTS},
+        "latents": "latents",
+        "teacher": "params:teacher",
+        "reference": "evaluation_reference",
+        "evaluation": "params:evaluation",
+        "checkpoints": "replicates.checkpoints",
+        "records": "replicates_records",
+    }
+    nodes = [
+        Node(run_replicates, inputs, "replicates_figures", name="run_replicates"),
+        Node(report, "replicates_figures", ["replicates_table", "replicates_plot"], name="report_replicates"),
+    ]
+    return evaluation.create_pipeline().only_nodes("prepare_reference") + Pipeline(nodes)
