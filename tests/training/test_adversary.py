@@ -118,9 +118,10 @@ def test_the_discriminators_gradient_is_its_own_loss_and_the_students_is_not(che
     adversary.judge = lambda *a: captured.setdefault("inputs", a) and judge(*a)
     loss, _ = step(*batch(), torch.Generator().manual_seed(0))
     loss.backward()
-    x_t, t, leaf, target, s, cond, _ = captured["inputs"]
+    x_t, t, leaf, target, s, cond, _, seen = captured["inputs"]
     adapters.use(None)
     f_t, f_real, f_fake = (encode_to_mid(model.unet, x, at, cond) for x, at in ((x_t, t), (target, s), (leaf, s)))
+    assert torch.allclose(seen, f_t, atol=1e-5)  # taken from the teacher's own pass
     real, fake = adversary.head(torch.cat([f_real, f_t], 1)), adversary.head(torch.cat([f_fake, f_t], 1))
     wanted = torch.autograd.grad(adversarial.discriminator_loss(real, fake), list(adversary.head.parameters()), retain_graph=True)
     for parameter, gradient in zip(adversary.head.parameters(), wanted, strict=True):
@@ -145,10 +146,18 @@ def test_the_students_graph_is_built_once(checkpoint, encoder):
     adapters.unet.register_forward_hook(
         lambda module, inputs, output: calls.append((adapters._layers[0]._disable_adapters, len(inputs[0]), torch.is_grad_enabled()))
     )
+    middle = []
+    adapters.unet.mid_block.register_forward_hook(lambda module, inputs, output: middle.append(len(output)))
     loss, _ = step(*batch(), torch.Generator().manual_seed(0))
     loss.backward()
     assert calls == [(True, 8, False), (False, 4, False), (False, 4, True)]  # teacher with both halves, target, student
-    assert ideal_forwards(with_adversarial(encoder=encoder), 0.35) == pytest.approx(5 + (4 if encoder == "frozen" else 7) * 0.35)
+    assert middle == [
+        8,
+        4,
+        4,
+        *((4, 4) if encoder == "frozen" else (8, 4)),
+    ]  # target (with x_t), prediction
+    assert ideal_forwards(with_adversarial(encoder=encoder), 0.35) == pytest.approx(5 + (3 if encoder == "frozen" else 7) * 0.35)
 
 
 @pytest.mark.parametrize("encoder", ["frozen", "adapter"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +34,17 @@ def encode_to_mid(unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, cond: Cond
         crossed = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
         x, _ = block(hidden_states=x, temb=emb, **crossed)
     return unet.mid_block(x, emb, encoder_hidden_states=text)
+
+
+@contextmanager
+def watched_mid(unet: UNet2DConditionModel) -> Iterator[list[Tensor]]:
+    """The outputs of the mid block in the forward passes made inside, in order."""
+    seen: list[Tensor] = []
+    handle = unet.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 class Head(nn.Module):

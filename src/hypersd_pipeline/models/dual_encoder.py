@@ -131,6 +131,7 @@ class DualEncoder(nn.Module):
         size = config.image_size
         vision = CLIPVisionCfg(timm_model_name="tf_efficientnet_lite0", timm_proj="linear", timm_proj_bias=True, image_size=size)
         text = CLIPTextCfg(hf_model_name=str(minilm_folder()), hf_proj_type="linear", hf_pooler_type="mean_pooler")
+        transformers.logging.disable_progress_bar()  # a bar per opened file would drown the stages' own
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # it reports the unused pooler of MiniLM as unexpected
         self.clip = CustomTextCLIP(config.embed_dim, vision, text)

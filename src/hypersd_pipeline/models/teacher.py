@@ -284,6 +284,7 @@ def _load_diffusers(class_name: str, folder: Path, name: str, variant: str | Non
 def _load_text(teacher: Teacher, folder: Path) -> tuple[list[Any], list[Any]]:
     import transformers
 
+    transformers.logging.disable_progress_bar()  # a bar per opened file would drown the stages' own
     classes = [transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection][: 2 if teacher.layout == "sdxl" else 1]
     tokenizers, encoders = [], []
     for suffix, cls in zip(("", "_2"), classes, strict=False):

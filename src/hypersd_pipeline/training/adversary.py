@@ -85,6 +85,11 @@ class Adversary:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
         self.streak = torch.zeros((), device=device)
 
+    @property
+    def takes_teachers_features(self) -> bool:
+        """Whether the features of ``x_t`` are the base model's own, which its solver step passes anyway."""
+        return self.config.pair and self.adapter is None
+
     def judge(
         self,
         x_t: Tensor,
@@ -94,17 +99,22 @@ class Adversary:
         s: Tensor,
         cond: Conditioning,
         generator: torch.Generator,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Leave the discriminator's gradient in its parameters and return the student's loss, whose only leaf is ``prediction``.
 
         Args:
             x_t, t: what the student saw. prediction, target: ``[b, c, h, w]`` at the times ``s``; ``prediction`` is a leaf.
+            seen: the encoder's features of ``x_t``, where they are known already (`takes_teachers_features`).
         """
         if self.config.renoise:
             prediction, target, s = self._renoised(prediction, target, s, generator)
         with nullcontext() if self.adapter else torch.no_grad():
-            known = self._encode(torch.cat([target, x_t]), torch.cat([s, t]), Conditioning.cat(cond, cond)) if self.config.pair else None
-            real_features, seen = known.chunk(2) if known is not None else (self._encode(target, s, cond), None)
+            if self.config.pair and seen is None:
+                both = self._encode(torch.cat([target, x_t]), torch.cat([s, t]), Conditioning.cat(cond, cond))
+                real_features, seen = both.chunk(2)
+            else:
+                real_features = self._encode(target, s, cond)
         fake_features = self._encode(prediction, s, cond)
         real, fake = self._logits(real_features, seen), self._logits(fake_features, seen)
         loss = discriminator_loss(real, fake)

@@ -52,16 +52,18 @@ def ideal_forwards(config: StageConfig, encoder_share: float) -> float:
     """Forward equivalents of one update of a stage without any overhead.
 
     Teacher 2 (one batched call with both halves of the guidance) or 1 (``previous_stage``), target 1, student 2 (a backward pass through
-    LoRAs costs about one forward). The adversarial term adds encoder passes: three forward and one back with a frozen encoder, three more
-    back with a trained one. Gradient checkpointing adds one for whatever is recomputed.
+    LoRAs costs about one forward). The adversarial term adds encoder passes: forward of target, prediction and ``x_t``, the last of which the
+    base model's solver step gives away where the encoder is frozen; one back to the prediction; and one back for each of them where the
+    encoder is trained. Gradient checkpointing adds one for whatever is recomputed.
     """
     solver = 2.0 if config.teacher == "base" else 1.0
     target = {"ema": 1.0, "student": 1.0, "solver": solver * _further_solver_steps(config)}[config.target]
     again = 1.0 if config.gradient_checkpointing else 0.0
     encoder = 0.0
     if config.adversarial.weight:
-        points = 3.0 if config.adversarial.pair else 2.0
-        back = 1.0 + (points if config.adversarial.encoder == "adapter" else 0.0)
+        trained = config.adversarial.encoder == "adapter"
+        points = 3.0 if config.adversarial.pair and (trained or config.teacher != "base") else 2.0
+        back = 1.0 + (points if trained else 0.0)
         encoder = points + back + again * back
     return solver + target + 2.0 + again + encoder * encoder_share
 

@@ -14,6 +14,7 @@ from hypersd_pipeline.diffusion.grids import boundaries, check_grid, solver_grid
 from hypersd_pipeline.diffusion.sampling import guided_denoiser
 from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule
 from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.discriminator import watched_mid
 from hypersd_pipeline.objectives import tscd
 from hypersd_pipeline.objectives.adversarial import balanced
 from hypersd_pipeline.training.adversary import ADAPTER, AdversarialConfig, Adversary
@@ -112,6 +113,7 @@ class DistillationStep:
         check_grid(self.grid, self.bounds)
         self.solver = adapters.denoiser("previous" if config.teacher == "previous_stage" else None)
         self.student, self.target_network = adapters.denoiser("student"), adapters.denoiser("ema" if config.target == "ema" else "student")
+        self.reuses_features = config.teacher == "base" and adversary is not None and adversary.takes_teachers_features
         self.distance = tscd.mse if config.distance == "mse" else tscd.huber
 
     def __call__(
@@ -129,19 +131,28 @@ class DistillationStep:
         low, high = self.config.guidance
         guidance = (low + (high - low) * torch.rand(len(x0), generator=generator)).to(self.device)
         x_tn = tscd.noisy_input(x0.to(self.device), z.to(self.device), times.t_n, self.schedule, pure_noise=self.config.pure_noise)
-        target = self._target(x_tn, times, cond, uncond if self.config.teacher == "base" else None, guidance)
+        target, seen = self._target(x_tn, times, cond, uncond if self.config.teacher == "base" else None, guidance)
         prediction = tscd.jump(self.student, x_tn, times.t_n, times.t_end, cond, *self.prediction)
         if self.adversary is None:
             distance = self.distance(prediction, target)
             return self.config.mse_weight * distance, {"distance": distance.detach()}
-        return self._hybrid(self.adversary, x_tn, times, prediction, target, cond, generator)
+        return self._hybrid(self.adversary, x_tn, times, prediction, target, cond, generator, seen)
 
-    def _target(self, x_tn: Tensor, times: tscd.Timesteps, cond: Conditioning, uncond: Conditioning | None, guidance: Tensor) -> Tensor:
+    def _target(
+        self, x_tn: Tensor, times: tscd.Timesteps, cond: Conditioning, uncond: Conditioning | None, guidance: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The target, and the base model's mid features of ``x_tn`` where the adversary can use them."""
         solver = self.solver if uncond is None else guided_denoiser(self.solver, uncond, guidance.view(-1, 1, 1, 1))
-        xhat = tscd.solver_step(solver, x_tn, times, cond, *self.prediction)
+        seen: Tensor | None = None
+        if self.reuses_features:
+            with watched_mid(self.adapters.unet) as features:
+                xhat = tscd.solver_step(solver, x_tn, times, cond, *self.prediction)
+            seen = features[0].chunk(2)[1]  # of the halves without and with the prompt
+        else:
+            xhat = tscd.solver_step(solver, x_tn, times, cond, *self.prediction)
         if self.config.target == "solver":
-            return tscd.solver_target(solver, xhat, times, cond, *self.prediction, grid=self.grid.to(self.device))
-        return tscd.consistency_target(self.target_network, xhat, times, cond, *self.prediction)
+            return tscd.solver_target(solver, xhat, times, cond, *self.prediction, grid=self.grid.to(self.device)), seen
+        return tscd.consistency_target(self.target_network, xhat, times, cond, *self.prediction), seen
 
     def _hybrid(
         self,
@@ -152,6 +163,7 @@ class DistillationStep:
         target: Tensor,
         cond: Conditioning,
         generator: torch.Generator,
+        seen: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Both terms' gradients at the prediction, carried into the student's graph in one backward pass.
 
@@ -161,7 +173,7 @@ class DistillationStep:
         config = self.config
         leaf = prediction.detach().requires_grad_()
         distance = self.distance(leaf, target)
-        adversarial, scalars = adversary.judge(x_tn, times.t_n, leaf, target, times.t_end, cond, generator)
+        adversarial, scalars = adversary.judge(x_tn, times.t_n, leaf, target, times.t_end, cond, generator, seen)
         (towards_target,) = torch.autograd.grad(distance, leaf)
         (towards_real,) = torch.autograd.grad(adversarial, leaf)
         if config.adversarial.balance:
