@@ -70,6 +70,20 @@ PRESETS = {
         vae=_vae((8, 16, 16), norm_num_groups=4),
         text=(_text(32, 2, 2, vocab_size=100),),
     ),
+    "tiny-sdxl": Preset(
+        batch=2,
+        resolution=32,
+        rank=2,
+        downscale=4,
+        unet={
+            "block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": (2, 4), "norm_num_groups": 8,
+            "down_block_types": ("DownBlock2D", _CROSS_DOWN), "up_block_types": (_CROSS_UP, "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2), "cross_attention_dim": 80, "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 48,
+        },
+        vae=_vae((8, 16, 16), norm_num_groups=4),
+        text=(_text(32, 2, 2, vocab_size=100), _text(48, 2, 2, vocab_size=100)),
+    ),
     "shipped": Preset(batch=64, resolution=64, rank=16, tokens=36),
     # diffusers' defaults are SD1.5's layout, but for the width of the text
     "sd15": Preset(batch=1, resolution=512, rank=64, unet={"cross_attention_dim": 768}, vae=_SD_VAE, text=(_text(768, 12, 12),)),

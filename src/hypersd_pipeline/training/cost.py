@@ -52,8 +52,8 @@ def ideal_forwards(config: StageConfig, encoder_share: float) -> float:
     """Forward equivalents of one update of a stage without any overhead.
 
     Teacher 2 (one batched call with both halves of the guidance) or 1 (``previous_stage``), target 1, student 2 (a backward pass through
-    LoRAs costs about one forward). The adversarial term adds encoder passes: forward of target, prediction and ``x_t``, the last of which the
-    base model's solver step gives away where the encoder is frozen; one back to the prediction; and one back for each of them where the
+    LoRAs costs about one forward). The adversarial term adds encoder passes: forward of target, prediction and ``x_t``, the last of which
+    the base model's solver step gives away where the encoder is frozen; one back to the prediction; and one back for each of them where the
     encoder is trained. Gradient checkpointing adds one for whatever is recomputed.
     """
     solver = 2.0 if config.teacher == "base" else 1.0
