@@ -110,6 +110,7 @@ def test_a_bad_streak_goes_back_to_the_last_good_checkpoint(tmp_path, caplog):
     assert {m["learning_rate"] for step, m in seen[:9]} == {0.01} and {m["learning_rate"] for step, m in seen[9:]} == {0.005}
     assert not torch.equal(draws[4], draws[9])  # step 5, the first time and the second
     assert (figures["total_skipped_steps"], figures["total_rollbacks"]) == (3, 1) and torch.isfinite(weights).all()
+    assert "toy: a non-finite loss or gradient (main); such steps are skipped" in caplog.text
     assert "3 steps in a row had a non-finite loss or gradient; back to the checkpoint of step 4" in caplog.text
     again = run(tmp_path, config=config, loss=loss, seed=5)
     assert torch.equal(again[0], weights) and again[3] == figures

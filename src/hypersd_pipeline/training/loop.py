@@ -229,6 +229,9 @@ class _Run:
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if not finite and not self.bad:
+            where = [name for name, norm in zip(self.optimizers, norms, strict=True) if not torch.isfinite(norm)]
+            log.warning("%s: a non-finite loss or gradient (%s); such steps are skipped and counted.", self.name, ", ".join(where))
         self.bad, self.skipped = (0, self.skipped) if finite else (self.bad + 1, self.skipped + 1)
         return norms[0], finite
 
