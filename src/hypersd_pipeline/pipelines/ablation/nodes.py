@@ -12,7 +12,7 @@ from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.io.records import RecordStore
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA
-from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.pipelines.ablation.config import AblationConfig, Cell, plan
 from hypersd_pipeline.pipelines.evaluation.nodes import evaluate_stage, evaluate_teacher
 from hypersd_pipeline.pipelines.evaluation.results import long_table
@@ -62,7 +62,7 @@ def run_cells(
     Returns:
         A line per figure: model (the cell), seed, row (``4_steps``), split, metric, samples, value, low, high; the teacher is a model too.
     """
-    shared = [evaluation.model_dump(mode="json"), teacher.model_dump(mode="json"), latents.key]
+    shared = conditions(teacher, latents, evaluation)
 
     def teacher_figures() -> dict[str, float]:
         return evaluate_teacher(teacher, reference, evaluation)[0]
@@ -105,6 +105,12 @@ def _run(
     assert lora is not None
     metrics = evaluate_stage(lora, teacher, reference, evaluation)[0]
     return {**metrics, "trained_updates": done, "trained_images": images, "trained_forwards": forwards}
+
+
+def conditions(teacher: TeacherConfig, latents: LatentCache, evaluation: EvaluationConfig) -> list[Any]:
+    """What a record depends on besides its stages: the teacher's weights, the data, and how it is evaluated."""
+    weights = load_teacher(teacher, parts=()).content_hash("unet")
+    return [evaluation.model_dump(mode="json"), teacher.model_dump(mode="json"), weights, latents.key]
 
 
 def stage_identity(stage: StageConfig) -> dict[str, Any]:

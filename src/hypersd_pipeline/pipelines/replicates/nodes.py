@@ -15,7 +15,7 @@ from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.pipelines.ablation.config import changed
-from hypersd_pipeline.pipelines.ablation.nodes import frame_of, stage_identity
+from hypersd_pipeline.pipelines.ablation.nodes import conditions, frame_of, stage_identity
 from hypersd_pipeline.pipelines.evaluation.nodes import evaluate_stage, evaluate_teacher
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.pipelines.tscd.nodes import distil
@@ -47,7 +47,7 @@ def run_replicates(
     Returns:
         A line per figure, as `ablation`'s: the models are ``teacher`` and ``k8`` ... ``k1``.
     """
-    shared = [evaluation.model_dump(mode="json"), teacher.model_dump(mode="json"), latents.key]
+    shared = conditions(teacher, latents, evaluation)
 
     def teacher_figures() -> dict[str, float]:
         return evaluate_teacher(teacher, reference, evaluation)[0]

@@ -1,0 +1,150 @@
+"""Our own text-image reward: a small head on the packaged dual encoder, trained by eq. 9 on preference pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hypersd_pipeline.config import Strict
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.dual_encoder import IMAGE_WIDTH, TEXT_WIDTH, DualEncoder, load_dual_encoder, read_checked, tensors_hash
+from hypersd_pipeline.rewards.base import check_inputs, straight_through_clamp
+
+Role = Literal["trained", "held_out"]
+FILE = "reward.safetensors"
+
+
+class TextImageHeadConfig(Strict):
+    """Shape of the head.
+
+    Attributes:
+        inputs: ``embeddings``: the dual encoder's unit vectors; ``features``: the towers' own features, with projections of the head's own.
+        embed_dim: width of the space where picture and prompt are compared; with ``embeddings`` it must be the encoder's.
+        hidden: width of the two hidden layers; activation: between them.
+    """
+
+    inputs: Literal["embeddings", "features"] = "embeddings"
+    embed_dim: int = Field(default=256, ge=1)
+    hidden: int = Field(default=128, ge=1)
+    activation: Literal["gelu", "silu"] = "gelu"
+
+
+class TextImageHead(nn.Module):
+    """Picture and prompt vectors to scores: an MLP on both unit vectors and their product.
+
+    With ``inputs: features`` both are standardised and projected first. The output is standardised after training (`standardise_`).
+    """
+
+    def __init__(self, config: TextImageHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, activation = config.embed_dim, {"gelu": nn.GELU, "silu": nn.SiLU}[config.activation]
+        self.image = nn.Linear(IMAGE_WIDTH, d) if config.inputs == "features" else nn.Identity()
+        self.text = nn.Linear(TEXT_WIDTH, d) if config.inputs == "features" else nn.Identity()
+        self.layers = nn.Sequential(
+            nn.Linear(3 * d, config.hidden),
+            activation(),
+            nn.Linear(config.hidden, config.hidden),
+            activation(),
+            nn.Linear(config.hidden, 1),
+        )
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """``[b, 256]`` and ``[b, 256]`` unit vectors, or ``[b, 1280]`` and ``[b, 384]`` features -> ``[b]``."""
+        scale = self.config.embed_dim**0.5  # entries of about one, which the default initialisation expects
+        u, v = F.normalize(self.image(image), dim=-1) * scale, F.normalize(self.text(text), dim=-1) * scale
+        return self.layers(torch.cat([u * v, u, v], dim=-1)).squeeze(-1)
+
+    def whiten_(self, image: Tensor, text: Tensor) -> None:
+        """Start the projections of ``features`` on standardised inputs: orthogonal, with mean and deviation of ``[n, d]`` folded in."""
+        for layer, x in ((self.image, image), (self.text, text)):
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight)
+                layer.weight.data.div_(x.std(0) + 0.1 * x.std())
+                layer.bias.data.copy_(-layer.weight.data @ x.mean(0))
+
+    def standardise_(self, mean: float, deviation: float) -> None:
+        """Fold ``(score - mean) / deviation`` into the last layer; ranks do not change."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.data.div_(deviation)
+        last.bias.data.sub_(mean).div_(deviation)
+
+
+def head_inputs(encoder: DualEncoder, config: TextImageHeadConfig, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head takes, from the towers' features ``[n, 1280]`` and ``[m, 384]``."""
+    if config.inputs == "features":
+        return image, text
+    return encoder.project_images(image), encoder.project_texts(text)
+
+
+class TextImageConfig(Strict):
+    """Which trained head: a file that ``kedro run --pipelines reward_models`` writes."""
+
+    kind: Literal["text_image"] = "text_image"
+    weights: Path = Path("data/06_models/text_image_reward") / FILE
+
+
+class TextImageReward(nn.Module):
+    """Mean 0 and deviation 1 on clean pictures with their own captions; broken pictures and wrong captions lie below, to about -10.
+
+    Attributes:
+        role: ``trained``, or ``held_out`` for the one that is reported and never trained on.
+    """
+
+    name = "text_image"
+
+    def __init__(self, encoder: DualEncoder, head: TextImageHead, role: Role) -> None:
+        super().__init__()
+        self.encoder, self.head, self.role = encoder, head, role
+        self.eval().requires_grad_(False)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `Reward.score`."""
+        check_inputs(images, prompts)
+        features = self.encoder.image_features(straight_through_clamp(images))
+        with torch.no_grad():
+            text = self.encoder.text_features(list(prompts))
+        return self.head(*head_inputs(self.encoder, self.head.config, features, text))
+
+
+def save_text_image(head: TextImageHead, encoder: DualEncoder, role: Role, path: Path, recipe: dict[str, Any]) -> None:
+    """Write the head with its shape, its role, the hash of the dual encoder it stands on, its own hash and the recipe."""
+    tensors = {k: v.detach().float().cpu().contiguous() for k, v in head.state_dict().items()}
+    metadata = {
+        "config": head.config.model_dump_json(),
+        "role": role,
+        "dual_encoder": tensors_hash(encoder.trained_tensors()),
+        "sha256": tensors_hash(tensors),
+    }
+    save_file(tensors, path, metadata={**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
+
+
+def load_text_image(config: TextImageConfig, device: torch.device | str) -> TextImageReward:
+    """A trained head on the packaged dual encoder, frozen.
+
+    Raises:
+        UserError: the file is missing or damaged, is no text-image reward, or was trained on another dual encoder.
+    """
+    path = config.weights.expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"text_image.weights: {path} does not exist; run 'kedro run --pipelines reward_models', or name another file there."
+        )
+    tensors, metadata = read_checked(path)
+    if metadata.get("role") not in ("trained", "held_out"):
+        raise UserError(f"{path}: is no text-image reward; train one with 'kedro run --pipelines reward_models'.")
+    encoder = load_dual_encoder()
+    if metadata["dual_encoder"] != tensors_hash(encoder.trained_tensors()):
+        raise UserError(f"{path}: was trained on another dual encoder; train it again with 'kedro run --pipelines reward_models'.")
+    head = TextImageHead(TextImageHeadConfig.model_validate_json(metadata["config"]))
+    head.load_state_dict(tensors)
+    return TextImageReward(encoder, head, "held_out" if metadata["role"] == "held_out" else "trained").to(device)
