@@ -93,9 +93,11 @@ def test_mid_features_are_those_of_the_whole_forward_pass(tmp_path):
         assert make_head(model.unet, 32, 1, seed=0)(seen[0]).shape == (2,)
 
 
-@pytest.mark.parametrize("encoder", ["frozen", "adapter"])
-def test_who_gets_a_gradient(checkpoint, encoder):
-    _, _, adapters, adversary = gradients(checkpoint, with_adversarial(encoder=encoder))
+@pytest.mark.parametrize(("encoder", "teacher"), [("frozen", "base"), ("adapter", "base"), ("frozen", "previous_stage")])
+def test_who_gets_a_gradient(checkpoint, encoder, teacher):
+    _, _, adapters, adversary = gradients(
+        checkpoint, variant(adversarial={**CONFIG.adversarial.model_dump(), "encoder": encoder}, teacher=teacher)
+    )
     student = {id(p) for p in adapters.parameters("student")}
     judge = {id(p) for p in adversary.parameters}
     assert all(p.grad is not None for p in adapters.parameters("student"))
