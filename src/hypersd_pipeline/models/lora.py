@@ -99,3 +99,26 @@ def merge_lora(unet: torch.nn.Module, lora: LoRA, weight: float = 1.0) -> None:
         if target is None or target.shape != delta.shape:
             raise UserError(f"LoRA module {name!r} does not fit this UNet; use the LoRA with the teacher it was trained on.")
         target.add_((weight * delta).to(target))
+
+
+def combine(first: LoRA, second: LoRA, weight: float) -> LoRA:
+    """One LoRA for ``first + weight * second``: ranks stacked, ``A = [A1; A2]`` and ``B = [B1, weight B2]``; metadata of ``first``.
+
+    Every module gets the sum of both ranks, with zeros where one LoRA does not change it: loaders take one alpha for all modules, so that
+    with ranks that differ the scale would not be 1 everywhere.
+    """
+    ones, twos = first.modules(), second.modules()
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys([*ones, *twos]):
+        (a1, b1), (a2, b2) = (_half(own, other, name, rank) for own, other, rank in ((ones, twos, first.rank), (twos, ones, second.rank)))
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([a1, a2])
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([b1, weight * b2], dim=1)
+    return LoRA(tensors, dict(first.metadata))
+
+
+def _half(own: dict[str, tuple[Tensor, Tensor]], other: dict[str, tuple[Tensor, Tensor]], name: str, rank: int) -> tuple[Tensor, Tensor]:
+    """The pair of a module; of zeros, in the shape that the other LoRA's pair tells, where there is none."""
+    if name in own:
+        return own[name]
+    a, b = other[name]
+    return a.new_zeros(rank, *a.shape[1:]), b.new_zeros(b.shape[0], rank, *b.shape[2:])

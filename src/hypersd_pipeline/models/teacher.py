@@ -151,10 +151,14 @@ class Teacher:
         posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
         return posterior.mean * self.scaling_factor, posterior.std * self.scaling_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images ``[b, 3, h, w]`` in [0, 1], float32, of scaled latents ``[b, c, h/f, w/f]``; differentiable in the latents."""
+    def decode(self, latents: Tensor, *, clip: bool = True) -> Tensor:
+        """Images ``[b, 3, h, w]`` in [0, 1], float32, of scaled latents ``[b, c, h/f, w/f]``; differentiable in the latents.
+
+        Without ``clip`` a little outside the range too, so that saturated pixels keep their gradient.
+        """
         images = self.vae.decode(latents.to(self.device, self.vae.dtype) / self.scaling_factor, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)  # never in place: the decode path carries gradients in feedback learning
+        images = images.float() / 2 + 0.5
+        return images.clamp(0, 1) if clip else images  # never in place: the decode path carries gradients in feedback learning
 
     def denoiser(self) -> Denoiser:
         """The UNet as a function of tensors; inputs are cast to the UNet's dtype, the raw output is in that dtype."""
