@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,7 @@ def load_pick_score(config: PickScoreConfig, device: torch.device | str) -> Pick
     """
     from transformers import CLIPModel
 
-    if (config.weights.path or config.weights.file or "").__str__().rpartition("/")[2] != "model.safetensors":
+    if Path(config.weights.path or config.weights.file or "").name != "model.safetensors":
         raise UserError("pick_score.weights: the file must be a model.safetensors, with its config.json beside it.")
     path = find_weights(config.weights, "pick_score.weights", beside=("config.json",))
     try:
