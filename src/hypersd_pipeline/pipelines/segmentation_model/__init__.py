@@ -1,0 +1,5 @@
+"""Train a small SOLO on the data set's instance masks, for segmentation feedback on small pictures."""
+
+from hypersd_pipeline.pipelines.segmentation_model.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]
