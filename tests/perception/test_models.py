@@ -101,6 +101,8 @@ def test_the_loss_is_a_function_of_its_input(models, kind):
     model.eval()  # a caller may well do that
     assert torch.equal(model.loss(images, items), first)
     assert torch.equal(torch.get_rng_state(), state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.loss(images, items), first)
     assert model.loss(images, [items[1], items[0], items[2]]) != first
 
 

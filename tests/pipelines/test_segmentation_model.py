@@ -1,7 +1,10 @@
 """The segmentation model's training as a whole, on a few of the embedded scenes."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from kedro.config import OmegaConfigLoader
 from PIL import Image
 
 from hypersd_pipeline.data.config import DataConfig
@@ -12,6 +15,7 @@ from hypersd_pipeline.perception.load import load_perceptual_model
 from hypersd_pipeline.perception.protocol import Instances
 from hypersd_pipeline.pipelines.segmentation_model.config import SegmentationModelConfig
 from hypersd_pipeline.pipelines.segmentation_model.nodes import evaluate_segmentation_model, overlay, train_segmentation_model
+from hypersd_pipeline.settings import CONFIG_LOADER_ARGS
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 
 CONFIG = SegmentationModelConfig(
@@ -70,6 +74,13 @@ def test_a_class_per_category(scenes, tmp_path):
     assert model.labels.category_ids == tuple(sorted(set(model.labels.category_ids)))
     with torch.no_grad():
         assert model.net.mask_head.conv_cls.weight.shape[0] == len(model.labels)
+
+
+@pytest.mark.parametrize("env", ["base", "smoke", "sd15", "sdxl"])
+def test_every_environment_is_valid(env):
+    loader = OmegaConfigLoader(str(Path(__file__).parents[2] / "conf"), env=env, **{**CONFIG_LOADER_ARGS, "default_run_env": env})
+    config = SegmentationModelConfig(**loader["parameters"]["segmentation_model"])
+    assert config.loop.steps == (3 if env == "smoke" else 1500)
 
 
 def test_overlay_tints_the_masks_only():

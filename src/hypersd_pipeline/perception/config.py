@@ -10,7 +10,7 @@ from hypersd_pipeline.config import Strict
 
 Variant = Literal["solo", "solov2"]
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")]
 
 
 class SoloConfig(Strict):
@@ -20,7 +20,8 @@ class SoloConfig(Strict):
         variant: which of the two; None: what a ``.safetensors`` says, and of mmdet's checkpoints SOLO, the paper's.
         weights: a ``.safetensors`` that ``kedro run --pipelines segmentation_model`` wrote, which says itself how its network is built; or
             a checkpoint of mmdet's (``.pth``), as a local file or an https address.
-        sha256: of the file; needed with an address, checked wherever given.
+        sha256: of the file, or its first digits, eight at least (OpenMMLab writes them into the file's name); needed with an address,
+            checked wherever given.
         mmdet_config: of a checkpoint of mmdet's, a name in mmdet's own ``configs``; None: ResNet-50 with FPN, as the paper has it.
         category_ids: COCO category ids of the checkpoint's classes, class 0 first; None: COCO2017's 80.
     """
@@ -37,7 +38,7 @@ class SoloConfig(Strict):
         if self.weights.startswith("http://"):
             raise ValueError("weights: give an https address or a local file")
         if self.weights.startswith("https://") and self.sha256 is None:
-            raise ValueError("weights is an address, so sha256 (64 hexadecimal digits) of its file is needed")
+            raise ValueError("weights is an address, so sha256 (8 to 64 hexadecimal digits) of its file is needed")
         return self
 
 

@@ -81,7 +81,8 @@ class PerceptualModel(Protocol):
     def loss(self, images: Tensor, instances: Sequence[Instances]) -> Tensor:
         """The model's training loss (scalar) of ``images`` float ``[b, 3, h, w]`` in [0, 1] against each one's true instances.
 
-        Nothing is clamped: a pixel outside the range still gets its gradient. The loss is the same at every call on the same input.
+        Nothing is clamped: a pixel outside the range still gets its gradient. The loss is the same at every call on the same input. It is
+        computed in float32, inside autocast too.
 
         Raises:
             ValueError: shapes or dtypes do not fit.

@@ -53,10 +53,11 @@ class Solo(nn.Module):
     def loss_terms(self, images: Tensor, instances: Sequence[Instances]) -> dict[str, Tensor]:
         """The weighted terms of the loss, ``loss_mask`` and ``loss_cls``."""
         check_batch(images, instances)
-        pixels = self._pixels(images)
-        samples = [self._sample(item.to(images.device), images, pixels) for item in instances]
-        self._mode(True)
-        return self.net.loss(pixels, samples)  # type: ignore[operator]
+        with torch.autocast(images.device.type, enabled=False):
+            pixels = self._pixels(images)
+            samples = [self._sample(item.to(images.device), images, pixels) for item in instances]
+            self._mode(True)
+            return self.net.loss(pixels, samples)  # type: ignore[operator]
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> list[Instances]:
@@ -75,6 +76,7 @@ class Solo(nn.Module):
             module.eval()
 
     def _pixels(self, images: Tensor) -> Tensor:
+        images = images.float()
         resized = images if self.input_size is None else resize_images(images, self.input_size)
         return pad_to_multiple(imagenet_normalise(resized), self.size_divisor)
 
@@ -150,7 +152,7 @@ def load_solo(config: SoloConfig, device: torch.device | str = "cpu") -> Solo:
         UserError: the weights are missing, are of another network, or would need code to be run to be read.
     """
     path = _local(config)
-    if config.sha256 is not None and (found := _sha256(path)) != config.sha256:
+    if config.sha256 is not None and not (found := _sha256(path)).startswith(config.sha256):
         raise UserError(f"{path}: its sha256 is {found}, not {config.sha256}; fetch the file again, or correct sha256.")
     if path.suffix == ".safetensors":
         model = load_small_solo(path)
@@ -208,7 +210,7 @@ def _load_published(config: SoloConfig, path: Path) -> Solo:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint of mmdet's. OpenMMLab's published ones hold tensors and plain values only."""
+    """The weights of a checkpoint of mmdet's. Published ones are stripped to tensors and plain values."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle that wants to run code, or no checkpoint at all
