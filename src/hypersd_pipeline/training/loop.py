@@ -138,6 +138,7 @@ def train(
     companions: Mapping[str, torch.optim.Optimizer] | None = None,
     watch: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
     constants: Mapping[str, float] | None = None,
+    finished: Callable[[int], bool] = lambda step: False,
 ) -> dict[str, float]:
     """Run ``config.steps`` updates, continuing from the newest checkpoint made under ``key``.
 
@@ -154,6 +155,8 @@ def train(
             main one: all of them, or none when any gradient is not finite.
         watch: called with the logged values and the step, for alarms.
         constants: figures that are known before the training and belong into its report.
+        finished: asked with the number of updates done, before each one and after the last, whether to end here; what it remembers belongs
+            into ``state``.
 
     Returns:
         ``mean_images_per_second``, ``mean_step_seconds`` (of the last process that trained), ``peak_memory_mb``, ``final_loss``,
@@ -170,7 +173,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     meter = _Meter(name, step, config, metrics, watch, accelerator.device)
     with _stop_request() as stop_asked:
-        while step < config.steps:
+        while not finished(step) and step < config.steps:
             rate = run.set_learning_rate(step)
             scalars: Mapping[str, Tensor] = {}
             for _ in range(config.accumulate):
@@ -186,10 +189,12 @@ def train(
                 step = run.roll_back(rate)
                 meter.rewind(step)
             due = step % config.checkpoint_every == 0 and run.bad == 0  # what is saved on schedule is good: there it goes back to
-            if due or step == config.steps or stop_asked():
+            if due or stop_asked():
                 run.save(step, meter.figures())
             if stop_asked():
                 raise TrainingStopped(f"{name}: interrupted after step {step}; run the same command to continue.")
+        if run.saved != step or meter.done > meter.start:  # once more after `finished` has had its last word
+            run.save(step, meter.figures())
     meter.bar.close()
     return run.figures
 
@@ -211,6 +216,7 @@ class _Run:
         self.key, self.checkpoints, self.constants = key, checkpoints, constants
         self.generator = torch.Generator().manual_seed(config.seed)
         self.bad = self.skipped = self.rollbacks = 0
+        self.saved: int | None = None
         self.figures: dict[str, float] = {}
 
     def set_learning_rate(self, step: int) -> float:
@@ -245,6 +251,7 @@ class _Run:
             "modules": {k: v.state_dict() for k, v in self.state.items()},
         }
         self.checkpoints.save(step, self.key, payload)
+        self.saved = step
 
     def resume(self) -> int:
         """The step to continue from."""
@@ -263,6 +270,7 @@ class _Run:
             part.load_state_dict(saved["modules"][name])
         counts = saved["counts"]
         self.bad, self.skipped, self.rollbacks, self.figures = counts["bad"], counts["skipped"], counts["rollbacks"], saved["figures"]
+        self.saved = step
         return step
 
     def roll_back(self, rate: float) -> int:

@@ -62,7 +62,7 @@ def prepare_reference(manifest: Manifest, teacher: TeacherConfig, evaluation: Ev
 
 
 @dataclass
-class _Bench:
+class Bench:
     """What all rows of one model share: networks, references, encoded prompts."""
 
     teacher: Teacher
@@ -73,7 +73,7 @@ class _Bench:
     texts: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, teacher: TeacherConfig, reference: Path, config: EvaluationConfig, data: str | None = None) -> _Bench:
+    def load(cls, teacher: TeacherConfig, reference: Path, config: EvaluationConfig, data: str | None = None) -> Bench:
         loaded = load_teacher(teacher)
         key = {**fingerprint(config, loaded), **({"data": data} if data else {})}
         bench = cls(loaded, Scorer(config, loaded.device), config, read_reference(reference, key))
@@ -127,7 +127,7 @@ def _watched(batches: Iterable[Tensor], shown: list[Image.Image], n: int) -> Ite
 
 
 def _evaluate(
-    bench: _Bench, steps: Iterable[int], own_steps: int, guidance_scale: float, eta: float = 0.0
+    bench: Bench, steps: Iterable[int], own_steps: int, guidance_scale: float, eta: float = 0.0
 ) -> tuple[Metrics, Image.Image, FolderWriter]:
     metrics: Metrics = {}
     samples: dict[int, list[Image.Image]] = {}
@@ -154,7 +154,7 @@ def evaluate_teacher(teacher: TeacherConfig, reference: Path, evaluation: Evalua
         Flat metrics (``fd_efficientnet_lite0_recon/25_steps`` ..., rows ``real`` and ``recon`` besides), the picture grid, a writer of
         the pictures.
     """
-    bench = _Bench.load(teacher, reference, evaluation)
+    bench = Bench.load(teacher, reference, evaluation)
     metrics, grid, samples = _evaluate(bench, evaluation.teacher_steps, max(evaluation.teacher_steps), evaluation.guidance_scale)
     for name, split in bench.splits.items():
         metrics |= bench.figures(name, "recon", split.recon, against=("real",)) | bench.figures(name, "real", split.real, against=())
@@ -174,7 +174,7 @@ def evaluate_stage(
         UserError: the LoRA carries no sampling contract, it asks for guidance, or it was trained on other data than the reference's.
     """
     own_steps, eta = read_contract(lora)
-    bench = _Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
+    bench = Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
     merge_lora(bench.teacher.unet, lora)
     return _evaluate(bench, evaluation.student_steps, own_steps, 1.0, eta)
 

@@ -118,10 +118,11 @@ def _forward_cost(adapters: AdaptedUNet, batches: _Batches, accelerator: Acceler
 def _key(config: StageConfig, model: Teacher, latents: LatentCache, previous: LoRA | None) -> str:
     """What the stage's weights depend on."""
     teacher = [model.content_hash("unet"), model.prediction_type, model.config.dtype, model.scheduler_config()]
-    return fingerprint({**config.model_dump(mode="json"), "loop": config.loop.identity()}, latents.key, teacher, _lora_key(previous))
+    return fingerprint({**config.model_dump(mode="json"), "loop": config.loop.identity()}, latents.key, teacher, lora_key(previous))
 
 
-def _lora_key(lora: LoRA | None) -> str | None:
+def lora_key(lora: LoRA | None) -> str | None:
+    """A hash of the LoRA's weights; None for none."""
     if lora is None:
         return None
 

@@ -1,0 +1,102 @@
+"""Guard against reward hacking: training ends when a reward that is never trained on falls while the trained ones rise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hypersd_pipeline.config import Strict
+
+log = logging.getLogger(__name__)
+
+TRAINED, HELD_OUT = "trained_reward", "held_out_reward"
+
+
+class GuardConfig(Strict):
+    """When to look, and when to stop.
+
+    Attributes:
+        every: updates between two looks.
+        prompts: pictures that are drawn for a look; variants: of how many of the prompts' pictures the diversity is taken, at least 2.
+        tolerance: by how much the held-out reward may lie below its start.
+        patience: looks in a row with the held-out reward below that and the trained rewards above their start, after which training ends.
+    """
+
+    every: int = Field(default=10, ge=1)
+    prompts: int = Field(default=32, ge=2)
+    variants: int = Field(default=3, ge=2)
+    tolerance: float = Field(default=0.0, ge=0)
+    patience: int = Field(default=2, ge=1)
+
+
+class Guard:
+    """Asked by the loop before each update; its history and the last good weights are part of the checkpoint.
+
+    Args:
+        look: draws and scores; has at least ``trained_reward`` (their mean) and ``held_out_reward``.
+        parameters: what is trained; brought back to the last good look when training is ended.
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        look: Callable[[], dict[str, float]],
+        parameters: list[torch.nn.Parameter],
+        metrics: Callable[[dict[str, float], int], None],
+    ) -> None:
+        self.config, self.look, self.parameters, self.metrics = config, look, parameters, metrics
+        self.history: list[dict[str, float]] = []
+        self.good: list[Tensor] = [p.detach().clone() for p in parameters]
+
+    def __call__(self, step: int) -> bool:
+        """Whether training is to end here."""
+        if self.hacked:
+            return True
+        if step % self.config.every == 0 and (not self.history or self.history[-1]["step"] < step):
+            values = self.look()
+            self.history.append({**values, "step": float(step)})
+            self.metrics({f"guard/{name}": value for name, value in values.items()}, step)
+            if not self._suspicious(self.history[-1]):
+                self.good = [p.detach().clone() for p in self.parameters]
+            if self.hacked:
+                self._end(step)
+        return self.hacked
+
+    @property
+    def hacked(self) -> bool:
+        """Whether the last ``patience`` looks were all suspicious."""
+        last = self.history[-self.config.patience :]
+        return len(last) == self.config.patience and all(self._suspicious(look) for look in last)
+
+    def _suspicious(self, look: Mapping[str, float]) -> bool:
+        start = self.history[0]
+        return look[HELD_OUT] < start[HELD_OUT] - self.config.tolerance and look[TRAINED] > start[TRAINED]
+
+    def _end(self, step: int) -> None:
+        for parameter, good in zip(self.parameters, self.good, strict=True):
+            parameter.data.copy_(good)
+        log.warning(
+            "Step %d: the held-out reward has fallen from %.3f to %.3f while the trained ones rose from %.3f to %.3f: training ends, with "
+            "the weights of the last look before. Lower the rewards' weights or raise anchor_weight.",
+            step, self.history[0][HELD_OUT], self.history[-1][HELD_OUT], self.history[0][TRAINED], self.history[-1][TRAINED],
+        )  # fmt: skip
+
+    def figures(self) -> dict[str, float]:
+        """The first and the last look, and whether training was ended."""
+        first = {f"before/{k}": v for k, v in self.history[0].items() if k != "step"}
+        last = {f"after/{k}": v for k, v in self.history[-1].items() if k != "step"}
+        return {**first, **last, "ended_by_guard": float(self.hacked)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """History and last good weights."""
+        return {"history": self.history, "good": self.good}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.history = [dict(look) for look in state_dict["history"]]
+        self.good = [saved.to(p) for saved, p in zip(state_dict["good"], self.parameters, strict=True)]

@@ -1,0 +1,122 @@
+"""Feedback learning as a whole on a random teacher, with the real rewards and a real SOLO (of random weights)."""
+
+import pytest
+import tiny
+import torch
+
+from hypersd_pipeline.data.cache import LatentCache
+from hypersd_pipeline.data.config import DataConfig
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.metrics.config import EvaluationConfig
+from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.dual_encoder import load_dual_encoder
+from hypersd_pipeline.models.lora import sampling_contract
+from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
+from hypersd_pipeline.perception.config import SmallSoloConfig
+from hypersd_pipeline.perception.protocol import LabelMap
+from hypersd_pipeline.perception.solo import new_small_solo, save_small_solo
+from hypersd_pipeline.pipelines.data_prep.nodes import cache_latents, generate_dataset, validate_rows
+from hypersd_pipeline.pipelines.evaluation.nodes import prepare_reference
+from hypersd_pipeline.pipelines.feedback import nodes
+from hypersd_pipeline.pipelines.feedback.config import FeedbackConfig
+from hypersd_pipeline.rewards.text_image import TextImageHead, TextImageHeadConfig, save_text_image
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+
+EVALUATION = EvaluationConfig(
+    samples=6, unseen_samples=4, batch_size=6, student_steps=(1,), teacher_steps=(1,), bootstrap=100, grid_prompts=2
+)
+TARGETS = ("to_q", "to_v")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Scenes with masks, a teacher and its cache, a reference, a distilled LoRA, and the configuration of a short training."""
+    folder = tmp_path_factory.mktemp("feedback")
+    teacher = TeacherConfig(source=str(tiny.write_sd15(folder)))
+    data = DataConfig(source={"kind": "twemoji", "train": 16, "val": 6, "test": 8, "test_unseen": 4}, shard_rows=8, workers=1)
+    generate_dataset(data)(folder / "dataset")
+    manifest, _ = validate_rows(folder / "dataset", data)
+    cache_latents(manifest, data, teacher)(folder / "latents")
+    (folder / "reference").mkdir()
+    prepare_reference(manifest, teacher, EVALUATION)(folder / "reference")
+    latents = LatentCache(folder / "latents")
+    files = {}
+    for seed, role in enumerate(("trained", "held_out")):
+        torch.manual_seed(seed)
+        files[role] = folder / f"{role}.safetensors"
+        save_text_image(TextImageHead(TextImageHeadConfig()), load_dual_encoder(), role, files[role], {})
+    config = SmallSoloConfig(input_size=64, base_channels=8, feat_channels=16)
+    save_small_solo(new_small_solo(config, LabelMap(), seed=0), config, folder / "solo.safetensors", {})
+    stage = FeedbackConfig(
+        judgement={"steps": 2},
+        rewards=[
+            {"reward": {"kind": "shipped_quality"}, "alpha": 50.0, "weight": 0.1},
+            {"reward": {"kind": "text_image", "weights": str(files["trained"])}, "alpha": 50.0, "weight": 0.1},
+        ],
+        held_out={"kind": "text_image", "weights": str(files["held_out"])},
+        perceptual={"kind": "solo", "weights": str(folder / "solo.safetensors")},
+        perceptual_batch=2,
+        guard={"every": 2, "prompts": 4, "variants": 2, "patience": 9},
+        lora={"rank": 2, "target_modules": TARGETS},
+        loop={"steps": 4, "batch_size": 2, "learning_rate": 0.01, "log_every": 1, "checkpoint_every": 2},
+        merge_weights=(0.5, 1.0),
+        test_pictures=4,
+    )
+    return manifest, data, latents, teacher, folder / "reference", distilled(teacher, latents), stage
+
+
+def distilled(teacher, latents):
+    model = load_teacher(teacher, parts=("unet",))
+    adapters = AdaptedUNet(model.unet, rank=2, target_modules=TARGETS, names=("student",), trainable=())
+    for parameter in adapters.parameters("student"):
+        parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+    contract = sampling_contract(2, model.scheduler_config(), model.prediction_type)
+    return adapters.export("student", {"sampling_contract": contract, "data_rows": latents.parts["rows"]})
+
+
+def train(world, path, stream=lambda values, step: None, **changes):
+    manifest, data, latents, teacher, _, lora, stage = world
+    stage = FeedbackConfig.model_validate({**stage.model_dump(), **changes})
+    return nodes.train_feedback(manifest, data, latents, teacher, EVALUATION, lora, stage, CheckpointStore(path), stream)
+
+
+def test_trains_merges_and_measures(world, tmp_path):
+    manifest, data, latents, teacher, reference, lora, stage = world
+    seen = {}
+    feedback, report = train(world, tmp_path, lambda values, step: seen.setdefault(step, {}).update(values))
+    assert {"guard/held_out_reward", "guard/diversity", "guard/distance"} <= seen[0].keys() and seen[0]["guard/distance"] < 1e-5
+    assert {"reward_shipped_quality", "reward_text_image", "perceptual", "anchor"} <= seen[1].keys() and 4 in seen
+    assert report["ended_by_guard"] == 0 and report["before/trained_reward"] == seen[0]["guard/trained_reward"]
+    assert report["after/distance"] > 0 and set(feedback.tensors) == set(lora.tensors)
+    merged = nodes.merge_feedback(lora, feedback, stage)
+    assert set(merged) == {"w_0.50", "w_1.00"} and merged["w_1.00"].rank == 4
+    frame, metrics, plot, grid = nodes.measure_tradeoff(manifest, data, latents, teacher, reference, EVALUATION, lora, feedback, stage)
+    assert frame.weight.tolist() == [0.0, 0.5, 1.0] and frame.distance[0] == pytest.approx(0, abs=1e-6) and frame.distance[2] > 0
+    wanted = {"trained_reward", "held_out_reward", "diversity", "mask_ap", "fd_efficientnet_lite0_recon", "clip_score", "image_quality"}
+    assert wanted <= metrics["w_1.00"].keys() and plot.width > 300 and grid.width > 3 * 128
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path):
+    whole, report = train(world, tmp_path / "whole")
+
+    def dies(values, step):
+        if step == 3:
+            raise RuntimeError("the machine went away")
+
+    with pytest.raises(RuntimeError, match="went away"):
+        train(world, tmp_path / "parts", dies)
+    resumed, again = train(world, tmp_path / "parts")
+    assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
+    assert again["after/held_out_reward"] == report["after/held_out_reward"]
+
+
+def test_what_is_missing_is_said_before_any_step(world, tmp_path):
+    steps = []
+    missing = {"kind": "text_image", "weights": str(tmp_path / "none.safetensors")}
+    with pytest.raises(UserError, match=r"none.safetensors does not exist; run 'kedro run --pipelines reward_models'"):
+        train(world, tmp_path, lambda v, s: steps.append(s), held_out=missing)
+    with pytest.raises(UserError, match="is the held-out reward, which only reports"):
+        train(world, tmp_path, lambda v, s: steps.append(s), rewards=[{"reward": world[-1].held_out.model_dump(), "alpha": 1.0}])
+    with pytest.raises(UserError, match="segmentation_model"):
+        train(world, tmp_path, lambda v, s: steps.append(s), perceptual={"kind": "solo", "weights": str(tmp_path / "no.safetensors")})
+    assert steps == []
