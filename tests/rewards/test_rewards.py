@@ -325,7 +325,7 @@ def _widen(name: str, axis: int, side: int, shape: BlipShape) -> int:
         return 197  # 14 x 14 patches and the class
     if name.startswith("mlp.") and not (name == "mlp.layers.0.weight" and axis == 1):
         return side
-    if "patch_embed" in name and axis > 1 or "_proj." in name and axis == 0:
+    if ("patch_embed" in name and axis > 1) or ("_proj." in name and axis == 0):
         return side
     widths = {24: 1024, 72: 3072, 96: 4096, 16: 768, 20: 3072, 40: 512}
     return widths.get(side, side)

@@ -28,8 +28,8 @@ class PairsConfig(Strict):
     images: int = Field(default=3000, ge=4)
     test_images: int = Field(default=500, ge=2)
     degraded: int = Field(default=2, ge=1)
-    wrong_captions: int = Field(default=1, ge=1)
-    similar_captions: int = Field(default=1, ge=0)
+    wrong_captions: int = Field(default=4, ge=1)
+    similar_captions: int = Field(default=8, ge=0)
     neighbours: int = Field(default=16, ge=1)
     seed: int = 0
 
