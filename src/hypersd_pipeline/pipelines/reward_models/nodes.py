@@ -90,7 +90,7 @@ def train_reward(
         loss_fn=_Loss(head, encoder, data, training, device),
         config=training.loop,
         state={"head": head},
-        key=fingerprint({**training.model_dump(mode="json"), "loop": training.loop.identity()}, role, key),
+        key=fingerprint({**training.model_dump(mode="json"), "loop": training.loop.identity()}, role, key, _encoder_key(encoder)),
         checkpoints=checkpoints,
         metrics=metric_stream,
         accelerator=accelerator,
