@@ -80,7 +80,7 @@ def test_a_class_per_category(scenes, tmp_path):
 def test_every_environment_is_valid(env):
     loader = OmegaConfigLoader(str(Path(__file__).parents[2] / "conf"), env=env, **{**CONFIG_LOADER_ARGS, "default_run_env": env})
     config = SegmentationModelConfig(**loader["parameters"]["segmentation_model"])
-    assert config.loop.steps == (3 if env == "smoke" else 1500)
+    assert config.loop.steps == (3 if env == "smoke" else 1800)
 
 
 def test_overlay_tints_the_masks_only():

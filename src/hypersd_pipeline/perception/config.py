@@ -76,7 +76,7 @@ class SmallSoloConfig(Strict):
         score_threshold, max_per_image: of predictions.
     """
 
-    variant: Variant = "solov2"
+    variant: Variant = "solo"
     input_size: int = Field(default=128, ge=32, multiple_of=32)
     base_channels: int = Field(default=16, ge=8)
     feat_channels: int = Field(default=32, ge=8)
