@@ -196,9 +196,9 @@ def test_a_users_prompts_are_in_one_part_each() -> None:
     assert sum(len(part) for part in made.values()) == 100
     assert [len(prompts[name]) for name in ("trained", "held_out", "test")] == [9, 9, 2]
     assert len(set.union(*prompts.values())) == 20
-    assert all(divide(rows[:3]).values())
-    with pytest.raises(UserError, match="has 2 prompts"):
-        divide(rows[:2])
+    assert [len(part) for part in divide(rows[:10]).values()] == [5, 4, 1]
+    with pytest.raises(UserError, match="has 9 different prompts"):
+        divide(rows[:9])
 
 
 def test_a_users_pairs_train_a_reward(tmp_path: Path, manifest: Manifest, encoder: DualEncoder) -> None:
@@ -262,9 +262,9 @@ def test_tiny_training_ranks_new_pairs_and_its_file_is_a_reward(
     with torch.no_grad():
         own = reward.score(pictures, [row.captions[0] for row in rows])
         broken = reward.score((pictures + 0.15 * torch.randn(pictures.shape)).clamp(0, 1), [row.captions[0] for row in rows])
-        winners = nodes._score(reward.head, reward.encoder, parts[role], parts[role].pairs[:, :2])
+        winners = nodes._winners(reward.head, reward.encoder, parts["test"])
     assert float((own > broken).float().mean()) > 0.7
-    assert float(winners.mean()) == pytest.approx(0, abs=1e-3) and float(winners.std()) == pytest.approx(1, rel=1e-3)
+    assert len(winners) == 40 and float(winners.mean()) == pytest.approx(0, abs=1e-3) and float(winners.std()) == pytest.approx(1, rel=1e-3)
 
 
 def test_an_interrupted_training_continues_bit_for_bit(pairs_folder: Path, tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ class TextImageConfig(Strict):
 
 
 class TextImageReward(nn.Module):
-    """Mean 0 and deviation 1 on clean pictures with their own captions; broken pictures and wrong captions lie below, to about -10.
+    """Mean 0 and deviation 1 on winners that it was not trained on (clean pictures with their own captions); broken pictures and wrong
+    captions lie below, to about -5. Pictures of the split ``train`` score higher, by about 0.7.
 
     Attributes:
         role: ``trained``, or ``held_out`` for the one that is reported and never trained on.

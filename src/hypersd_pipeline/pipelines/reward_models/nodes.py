@@ -31,6 +31,9 @@ from hypersd_pipeline.training.loop import MetricStream, make_accelerator, train
 
 FolderWriter = Callable[[Path], None]
 
+FEW = 10
+"""Fewer different winners in the test part set no scale; the training part's do then."""
+
 
 def make_pairs(manifest: Manifest, pairs: PairsConfig) -> tuple[FolderWriter, pd.DataFrame]:
     """A writer of the preference pairs' features, and the table of bad rows of a user's file (file, row, reason).
@@ -67,6 +70,9 @@ def train_reward(
 ) -> tuple[FolderWriter, dict[str, Any]]:
     """Train one reward by eq. 9 on its part of the pairs.
 
+    Its scores are standardised on the test part's winners: both the head and the dual encoder score what they were trained on too high.
+    Ranks, and with them the accuracies, do not depend on it.
+
     Returns:
         A writer of ``reward.safetensors``, and the report: `train`'s figures, and for each kind of pair ``accuracy/<kind>`` and
         ``pairs/<kind>`` on the test part.
@@ -96,7 +102,9 @@ def train_reward(
         accelerator=accelerator,
     )
     head.eval().requires_grad_(False)
-    winners = _score(head, encoder, data, data.pairs[:, :2])
+    winners = _winners(head, encoder, test)
+    if len(winners) < FEW:
+        winners = _winners(head, encoder, data)
     head.standardise_(float(winners.mean()), float(winners.std()))
     report = {**figures, **accuracies(head, encoder, test)}
     recipe = {"training": training.model_dump(mode="json"), "pairs": key, **report}
@@ -142,6 +150,11 @@ def _score(head: TextImageHead, encoder: DualEncoder, data: PairSet, rows: Tenso
     device = encoder.device
     image, text = data.image[rows[:, 0]].to(device), data.text[rows[:, 1]].to(device)
     return head(*head_inputs(encoder, head.config, image, text)).cpu()
+
+
+def _winners(head: TextImageHead, encoder: DualEncoder, data: PairSet) -> Tensor:
+    """Scores of all different winners."""
+    return _score(head, encoder, data, data.pairs[:, :2].unique(dim=0))
 
 
 def accuracies(head: TextImageHead, encoder: DualEncoder, test: PairSet) -> dict[str, float]:

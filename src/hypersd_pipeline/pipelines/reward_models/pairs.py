@@ -205,11 +205,11 @@ def divide(preferences: Sequence[Preference]) -> dict[str, list[Preference]]:
     """A tenth of the prompts to test, the others to either reward in halves, by a hash of the prompt: no prompt is in two parts.
 
     Raises:
-        UserError: fewer than three prompts.
+        UserError: fewer than ten prompts.
     """
     prompts = sorted({p.prompt for p in preferences}, key=share_of)
-    if len(prompts) < 3:
-        raise UserError(f"reward_pairs.file: has {len(prompts)} prompts in its good rows, 3 at least are needed; add pairs.")
+    if len(prompts) < 10:
+        raise UserError(f"reward_pairs.file: has {len(prompts)} different prompts in its good rows, 10 at least are needed; add pairs.")
     test = max(1, len(prompts) // 10)
     half = (len(prompts) - test + 1) // 2
     part = {prompt: "test" if i < test else "trained" if i < test + half else "held_out" for i, prompt in enumerate(prompts)}
@@ -220,7 +220,7 @@ def pairs_from_preferences(preferences: Sequence[Preference], encoder: DualEncod
     """Features of a user's pairs; each picture and prompt of a part is encoded once.
 
     Raises:
-        UserError: fewer than three prompts.
+        UserError: fewer than ten prompts.
     """
     made = {}
     for part, rows in divide(preferences).items():
