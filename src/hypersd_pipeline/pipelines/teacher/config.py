@@ -58,7 +58,7 @@ class UnetConfig(Strict):
     text_layers: int = 3
     text_heads: int = 4
     max_tokens: int = Field(default=40, ge=8)
-    vocabulary: int = Field(default=1600, ge=300)
+    vocabulary: int = Field(default=1600, ge=600)
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     min_snr_gamma: float = Field(default=5.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)

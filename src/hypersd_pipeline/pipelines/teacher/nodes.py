@@ -151,6 +151,8 @@ def _write_teacher(
 ) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    denoiser.tokenizer.backend_tokenizer.no_truncation()  # left over from the training's own calls
+    denoiser.tokenizer.backend_tokenizer.no_padding()
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=denoiser.text_encoder.half(),

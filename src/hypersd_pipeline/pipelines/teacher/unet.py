@@ -52,12 +52,13 @@ def build_tokenizer(captions: Sequence[str], config: UnetConfig) -> CLIPTokenize
     clip = CLIPTokenizer()  # for CLIP's own normaliser and pre-tokeniser
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
     bpe.normalizer, bpe.pre_tokenizer = clip.backend_tokenizer.normalizer, clip.backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary,
-        special_tokens=[start, end],
+        special_tokens=[start, end, *(letter + "</w>" for letter in alphabet)],  # numbered first, or their order is random in each process
         end_of_word_suffix="</w>",
         show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet,
         min_frequency=2,
     )
     single = [chr(c) for c in range(33, 127)] * 2  # so that each ASCII character exists as a word's end
