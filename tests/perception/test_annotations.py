@@ -91,12 +91,12 @@ def test_classes_by_category(coco):
 
 
 def test_rows_are_the_caches(coco):
-    from hypersd_pipeline.data.cache_build import _select
+    from hypersd_pipeline.data.cache_build import select_rows
 
     data, manifest = coco
     few = data.model_copy(update={"max_images": 2})
     split = AnnotatedSplit(manifest, few, "train", 20, LabelMap())
-    assert [row.file for row in split.rows] == [row.file for row in _select(manifest.splits["train"], few)] and len(split) == 2
+    assert [row.file for row in split.rows] == [row.file for row in select_rows(manifest.splits["train"], few)] and len(split) == 2
 
 
 def test_data_without_masks(coco, tmp_path):

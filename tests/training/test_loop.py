@@ -75,6 +75,21 @@ def test_stages_of_one_process_may_differ_in_precision():
         assert make_accelerator(CONFIG.model_copy(update={"mixed_precision": precision})).mixed_precision == precision
 
 
+def test_bf16_convolutions_end_with_the_training(tmp_path):
+    config = CONFIG.model_copy(update={"steps": 1, "conv_precision": "bf16"})
+    weight, seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def loss_fn(generator):
+        seen.append(torch.backends.mkldnn.conv.fp32_precision)
+        return weight.sum(), {}
+
+    train(
+        "toy", parameters=[weight], loss_fn=loss_fn, config=config, state={}, key="k", checkpoints=CheckpointStore(tmp_path),
+        metrics=lambda m, s: None, accelerator=make_accelerator(config),
+    )  # fmt: skip
+    assert seen == ["bf16"] and torch.backends.mkldnn.conv.fp32_precision == "ieee"
+
+
 def test_batch_must_divide_into_its_passes():
     with pytest.raises(ValueError, match="batch_size 64 is not a multiple of accumulate 3"):
         LoopConfig(steps=1, batch_size=64, accumulate=3, learning_rate=1e-3)

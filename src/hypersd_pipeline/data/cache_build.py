@@ -98,7 +98,7 @@ class _Build:
 
     def __init__(self, path: Path, manifest: Manifest, config: DataConfig, teacher: Teacher, parts: dict[str, str]) -> None:
         self.path, self.manifest, self.config, self.teacher, self.parts = path, manifest, config, teacher, parts
-        self.splits = {name: _select(rows, config) for name, rows in manifest.splits.items()}
+        self.splits = {name: select_rows(rows, config) for name, rows in manifest.splits.items()}
         self.captions = list(dict.fromkeys(c for rows in self.splits.values() for row in rows for c in row.captions))
         self.number_of = {caption: number for number, caption in enumerate(self.captions)}
 
@@ -200,7 +200,7 @@ class _Build:
         os.replace(part, self.path / name)
 
 
-def _select(rows: Sequence[Row], config: DataConfig) -> list[Row]:
+def select_rows(rows: Sequence[Row], config: DataConfig) -> list[Row]:
     """``max_images`` rows by hash, in their old order, each with ``max_captions`` captions."""
     chosen = set(sorted((row.image_id for row in rows), key=share_of)[: config.max_images])
     return [replace(row, captions=row.captions[: config.max_captions]) for row in rows if row.image_id in chosen]

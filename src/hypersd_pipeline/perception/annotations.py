@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hypersd_pipeline.data.cache_build import _select
+from hypersd_pipeline.data.cache_build import select_rows
 from hypersd_pipeline.data.config import DataConfig, FolderSource
 from hypersd_pipeline.data.images import decode_image, fit
 from hypersd_pipeline.data.rows import Manifest, RawRow
@@ -36,7 +36,7 @@ class AnnotatedSplit:
         self.manifest, self.resolution, self.labels, self.min_area = manifest, resolution, labels, min_area
         if not manifest.splits.get(split):
             raise UserError(f"manifest: there is no split '{split}'; name it in data.source and run data_prep again.")
-        self.rows = _select(manifest.splits[split], data)
+        self.rows = select_rows(manifest.splits[split], data)
         self._annotations = _annotations(manifest, data, split, {row.image_id for row in self.rows})
 
     def __len__(self) -> int:

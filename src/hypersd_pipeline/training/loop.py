@@ -87,8 +87,21 @@ class TrainingStopped(RuntimeError):
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """Device, autocast and convolution precision of a stage; both are kept per process, while each of our stages has its own."""
     AcceleratorState._reset_state()
-    torch.backends.mkldnn.conv.fp32_precision = "bf16" if config.conv_precision == "bf16" else "ieee"  # type: ignore[attr-defined]
+    _set_convolutions("bf16" if config.conv_precision == "bf16" else "ieee")
     return Accelerator(mixed_precision=config.mixed_precision)
+
+
+def _set_convolutions(precision: str) -> None:
+    torch.backends.mkldnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _exact_convolutions_after() -> Iterator[None]:
+    """What comes after a training in the same process (sampling, measuring) is not to be done in its precision."""
+    try:
+        yield
+    finally:
+        _set_convolutions("ieee")
 
 
 def learning_rate_at(step: int, config: LoopConfig) -> float:
@@ -172,7 +185,7 @@ def train(
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     meter = _Meter(name, step, config, metrics, watch, accelerator.device)
-    with _stop_request() as stop_asked:
+    with _exact_convolutions_after(), _stop_request() as stop_asked:
         while not finished(step) and step < config.steps:
             rate = run.set_learning_rate(step)
             scalars: Mapping[str, Tensor] = {}
