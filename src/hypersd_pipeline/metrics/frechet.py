@@ -83,8 +83,9 @@ def frechet_estimate(x: Tensor, y: Tensor, resamples: int = 1000, seed: int = 0,
     Resampled rows repeat, which lowers the rank of the covariances: the distances of true resamples are biased upwards, and with n < d
     they spread up to twice as far as repeated experiments do. The bootstrap here resamples the first-order expansion of the distance
     instead (its influence function): it has no such bias, its width was that of repeated experiments to within a third in most of the
-    cases tried, half in one, where the distance is well above its floor, and it needs one decomposition and not ``resamples``. The interval tells how far the figure would move with
-    other samples of the same number; the distance's own bias in n stays in.
+    cases tried, to within a half in one, where the distance is well above its floor, and it needs one decomposition and not
+    ``resamples``. The interval tells how far the figure would move with other samples of the same number; the distance's own bias in n
+    stays in.
 
     Args:
         paired: ``x[i]`` and ``y[i]`` belong to the same prompt and are drawn together.
