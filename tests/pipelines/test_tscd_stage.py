@@ -8,9 +8,10 @@ import torch
 from test_layouts import prepare
 
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
-from hypersd_pipeline.pipelines.tscd.nodes import train_stage
+from hypersd_pipeline.pipelines.tscd.nodes import lora_key, train_stage
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 
 DEFAULTS = TscdDefaults(
@@ -68,6 +69,21 @@ def test_another_start_makes_the_checkpoint_stale(made, tmp_path):
     one, _ = stage(made, tmp_path / "shared", previous=first)
     two, _ = stage(made, tmp_path / "shared", previous=other)
     assert not same(one, two)
+
+
+def test_a_loras_hash_does_not_depend_on_the_number_of_threads():
+    """Sums do, in their last bits: a stage resumed on another number of cores would start anew."""
+    weights = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    one, other = LoRA({"a": weights}), LoRA({"a": weights + (weights == weights.max()) * 1e-3})
+    threads = torch.get_num_threads()
+    try:
+        keys = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            keys.append(lora_key(one))
+    finally:
+        torch.set_num_threads(threads)
+    assert keys[0] == keys[1] != lora_key(other) and lora_key(None) is None
 
 
 def test_previous_stage_as_teacher_needs_no_unconditional_half(made, tmp_path, monkeypatch):

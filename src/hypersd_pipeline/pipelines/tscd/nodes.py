@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -122,14 +123,14 @@ def _key(config: StageConfig, model: Teacher, latents: LatentCache, previous: Lo
 
 
 def lora_key(lora: LoRA | None) -> str | None:
-    """A hash of the LoRA's weights; None for none."""
+    """A hash of the LoRA's weights, the same on every machine; None for none."""
     if lora is None:
         return None
-
-    def sums(v: Tensor) -> list[float]:
-        return [float(v.double().sum()), float(v.double().square().sum())]
-
-    return fingerprint({k: sums(v) for k, v in lora.tensors.items()})
+    digest = hashlib.sha256()
+    for name, tensor in sorted(lora.tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _metadata(config: StageConfig, model: Teacher, latents: LatentCache) -> dict[str, str]:
