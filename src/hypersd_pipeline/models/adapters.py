@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.diffusion.sampling import Denoiser
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.folded import can_fold, folded
 from hypersd_pipeline.models.lora import PREFIX, LoRA
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class AdaptedUNet:
         # collected once: walking the module tree at each switch would cost more than the switch
         self._layers: list[Any] = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
         self.dtype: torch.dtype = next(p.dtype for name, p in unet.named_parameters() if ".lora_" not in name)
+        for layer in self._layers:
+            layer.forward = partial(_forward, layer, layer.forward)
         self._layer_names = [name for name, m in unet.named_modules() if isinstance(m, BaseTunerLayer)]
         if start is not None:
             self._load(self.names[0], start, rank)
@@ -157,6 +161,18 @@ class AdaptedUNet:
         for name in self.names:
             for parameter, saved in zip(self.parameters(name), state_dict[name], strict=True):
                 parameter.data.copy_(saved)
+
+
+def _forward(layer: Any, unfolded: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A LoRA layer's forward pass: one product where the sum ``W + B A`` is exact enough, peft's own otherwise."""
+    if layer._disable_adapters:
+        return layer.base_layer(x)  # type: ignore[no-any-return]
+    name = layer._active_adapter[0]
+    if name not in layer.lora_A:  # the discriminator's adapter sits in a part of the UNet only
+        return layer.base_layer(x)  # type: ignore[no-any-return]
+    if not can_fold(layer, x):
+        return unfolded(x)
+    return folded(layer, x, layer.lora_A[name].weight, layer.lora_B[name].weight)
 
 
 def _add_adapter(unet: UNet2DConditionModel, config: Any, name: str) -> None:
