@@ -10,7 +10,7 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.adapters import AdaptedUNet
 from hypersd_pipeline.models.dual_encoder import load_dual_encoder
-from hypersd_pipeline.models.lora import sampling_contract
+from hypersd_pipeline.models.lora import Contract
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.perception.config import SmallSoloConfig
 from hypersd_pipeline.perception.protocol import LabelMap
@@ -70,7 +70,7 @@ def distilled(teacher, latents):
     adapters = AdaptedUNet(model.unet, rank=2, target_modules=TARGETS, names=("student",), trainable=())
     for parameter in adapters.parameters("student"):
         parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
-    contract = sampling_contract(2, model.scheduler_config(), model.prediction_type)
+    contract = Contract(2).to_json(model.scheduler_config(), model.prediction_type)
     return adapters.export("student", {"sampling_contract": contract, "data_rows": latents.parts["rows"]})
 
 

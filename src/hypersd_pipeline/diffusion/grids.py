@@ -55,3 +55,17 @@ def trailing_timesteps(steps: int, num_train_timesteps: int = 1000) -> Tensor:
     """DDIM's "trailing" grid: int64 ``[steps]``, falling from ``T - 1``."""
     # numpy's arange as in diffusers: summing the float step rounds some halves the other way (48 steps: 936, not 937)
     return torch.from_numpy(np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)).astype(np.int64) - 1)
+
+
+def tcd_timesteps(steps: int, num_train_timesteps: int = 1000, original_steps: int = 50) -> Tensor:
+    """TCDScheduler's own grid (arXiv 2402.19159): ``steps`` of ``original_steps`` points ``n T / N - 1``, even by index; int64, falling.
+
+    4 of 1000 are 999, 759, 499, 259, not trailing's 999, 749, 499, 249.
+
+    Raises:
+        UserError: more steps than points.
+    """
+    if not 1 <= steps <= original_steps:
+        raise UserError(f"steps: {steps} is not between 1 and the {original_steps} points of TCDScheduler's grid; use fewer steps.")
+    points = np.arange(original_steps, 0, -1) * (num_train_timesteps // original_steps) - 1
+    return torch.from_numpy(points[np.floor(np.linspace(0, len(points), num=steps, endpoint=False)).astype(np.int64)])

@@ -32,7 +32,8 @@ class AdaptedUNet:
         target_modules: module-name endings, as peft matches them.
         names: the adapters.
         trainable: those that are trained.
-        start: weights for all adapters; otherwise A is random (seeded) and B zero, the same for all.
+        start: weights for ``names``; otherwise A is random (seeded) and B zero, the same for all.
+        fresh_names: further adapters that start at zero, whatever ``start`` is (a critic).
         encoder_names: further adapters that sit in the down blocks and the mid block only and start at zero, whatever ``start`` is.
 
     Raises:
@@ -48,6 +49,7 @@ class AdaptedUNet:
         names: Sequence[str] = ("student", "ema"),
         trainable: Sequence[str] = ("student",),
         start: LoRA | None = None,
+        fresh_names: Sequence[str] = (),
         encoder_names: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
@@ -55,7 +57,7 @@ class AdaptedUNet:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.unet = unet
-        self.names = (*names, *encoder_names)
+        self.names = (*names, *fresh_names, *encoder_names)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules), init_lora_weights="gaussian")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -65,7 +67,7 @@ class AdaptedUNet:
                 raise UserError(
                     f"tscd.lora.target_modules: {list(target_modules)} match no module of the UNet; use names such as to_q, to_v."
                 ) from error
-            for name in names[1:]:
+            for name in (*names[1:], *fresh_names):
                 _add_adapter(unet, config, name)
             if encoder_names:
                 endings = "|".join(re.escape(ending) for ending in target_modules)

@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
-def can_fold(layer: nn.Module, x: Tensor) -> bool:
-    """Whether ``W + B A`` loses nothing: float32 weights outside autocast (in bfloat16 small ``B A`` would round away), plain convolutions."""
+def can_fold(layer: Any, x: Tensor) -> bool:
+    """Whether ``W + B A`` loses nothing: float32 weights outside autocast (bfloat16 would round it away), plain convolutions."""
     base = layer.base_layer
     if base.weight.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
         return False
     return isinstance(base, nn.Linear) or (isinstance(base, nn.Conv2d) and base.groups == 1 and base.padding_mode == "zeros")
 
 
-def folded(layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def folded(layer: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """What ``layer`` (a peft LoRA layer with scale 1) computes for ``x`` with the factors ``a`` and ``b``.
 
     One product instead of three each way, and no intermediate of the low-rank path is kept for the backward pass: the student costs what
@@ -69,11 +70,11 @@ class _Conv(torch.autograd.Function):
         x, weight, a, b = ctx.saved_tensors
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.nn.grad.conv2d_input(x.shape, _sum(weight, a, b), grad, *ctx.where)
+            grad_x = conv2d_input(x.shape, _sum(weight, a, b), grad, *ctx.where)
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             low = F.conv2d(x, a, None, *ctx.where)
-            grad_b = torch.nn.grad.conv2d_weight(low, b.shape, grad)
-            grad_a = torch.nn.grad.conv2d_weight(x, a.shape, F.conv2d(grad, b.transpose(0, 1)), *ctx.where)
+            grad_b = conv2d_weight(low, b.shape, grad)
+            grad_a = conv2d_weight(x, a.shape, F.conv2d(grad, b.transpose(0, 1)), *ctx.where)
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from hypersd_pipeline.diffusion.grids import tcd_timesteps, trailing_timesteps
 from hypersd_pipeline.errors import UserError
 
 PREFIX = "unet."
@@ -21,7 +23,7 @@ class LoRA:
     Attributes:
         tensors: ``unet.<module>.lora_A.weight`` and ``...lora_B.weight``. The scale is 1 (alpha equals the
             rank), so that no loader can get it wrong.
-        metadata: strings; ``sampling_contract`` is JSON (see `sampling_contract`).
+        metadata: strings; ``sampling_contract`` is JSON (see `Contract`).
     """
 
     tensors: dict[str, Tensor]
@@ -54,28 +56,79 @@ class LoRA:
         return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
-def sampling_contract(steps: int, schedule_config: dict[str, Any], prediction_type: str, eta: float = 0.0) -> str:
-    """How a stage's LoRA must be sampled (as the paper's release): DDIM, trailing spacing, no guidance; JSON.
+Grid = Literal["trailing", "tcd"]
 
-    With an ``eta`` above 0 the scheduler is TCDScheduler (a stochastic baseline's).
+
+@dataclass(frozen=True)
+class Contract:
+    """How a LoRA wants to be sampled, as far as it differs; without guidance in any case.
+
+    Attributes:
+        steps: its own number. eta: TCDScheduler's; 0 is DDIM. grid: of timesteps; ``tcd`` is TCDScheduler's own.
+        only: the one time input of a one-step model that is told another than ``T - 1`` (LCMScheduler's ``timesteps=[800]``).
     """
-    scheduler = {
-        **schedule_config,
-        "prediction_type": prediction_type,
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": False,
-        "clip_sample": False,
-        "steps_offset": 1,
-    }
-    contract = {
-        "scheduler": "TCDScheduler" if eta else "DDIMScheduler",
-        "scheduler_config": scheduler,
-        "steps": steps,
-        "timestep_spacing": "trailing",
-        "eta": eta,
-        "guidance_scale": 1.0,
-    }
-    return json.dumps(contract, sort_keys=True)
+
+    steps: int
+    eta: float = 0.0
+    grid: Grid = "trailing"
+    only: int | None = None
+
+    def timesteps(self, steps: int, num_train_timesteps: int) -> Tensor:
+        """The falling grid of so many steps, int64 ``[steps]``."""
+        if self.only is not None:
+            return torch.tensor([self.only])
+        return {"trailing": trailing_timesteps, "tcd": tcd_timesteps}[self.grid](steps, num_train_timesteps)
+
+    def to_json(self, schedule_config: dict[str, Any], prediction_type: str) -> str:
+        """As it travels with the file: scheduler (TCDScheduler for its grid or an eta, LCMScheduler for ``only``) and its config."""
+        scheduler = {
+            **schedule_config,
+            "prediction_type": prediction_type,
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": False,
+            "clip_sample": False,
+            "steps_offset": 1,
+        }
+        stochastic = "TCDScheduler" if self.eta or self.grid == "tcd" else "DDIMScheduler"
+        contract = {
+            "scheduler": stochastic if self.only is None else "LCMScheduler",
+            "scheduler_config": scheduler,
+            "steps": self.steps,
+            "guidance_scale": 1.0,
+            **({"timestep_spacing": self.grid, "eta": self.eta} if self.only is None else {"timesteps": [self.only]}),
+        }
+        return json.dumps(contract, sort_keys=True)
+
+    @classmethod
+    def of(cls, lora: LoRA) -> Contract:
+        """The contract of a LoRA.
+
+        Raises:
+            UserError: it carries none that can be read, or asks for guidance.
+        """
+        try:
+            contract = json.loads(lora.metadata["sampling_contract"])
+            steps, guidance = int(contract["steps"]), float(contract["guidance_scale"])
+            eta, grid = float(contract.get("eta", 0.0)), str(contract.get("timestep_spacing", "trailing"))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError("LoRA: its metadata has no readable sampling_contract; train it again with this project.") from error
+        if guidance > 1:
+            raise UserError(
+                f"LoRA: its sampling_contract asks for guidance_scale {guidance}, few-step LoRAs are evaluated without; train it "
+                f"again with this project."
+            )
+        return cls(steps, eta, "tcd" if grid == "tcd" else "trailing")
+
+
+def lora_key(lora: LoRA | None) -> str | None:
+    """A hash of the LoRA's weights, the same on every machine; None for none."""
+    if lora is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(lora.tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _delta(a: Tensor, b: Tensor) -> Tensor:

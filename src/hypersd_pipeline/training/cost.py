@@ -13,6 +13,8 @@ from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.models.adapters import AdaptedUNet
 from hypersd_pipeline.models.discriminator import encode_to_mid
 from hypersd_pipeline.training.distillation import StageConfig
+from hypersd_pipeline.training.distribution import MatchingConfig
+from hypersd_pipeline.training.loop import LoopConfig
 
 
 @torch.no_grad()
@@ -73,10 +75,37 @@ def _further_solver_steps(config: StageConfig) -> float:
     return config.solver_points / config.segments - 1
 
 
+def matching_forwards(config: MatchingConfig, batch: int, encoder_share: float, *, adversarial: bool, full: bool) -> float:
+    """Forward equivalents of one update of a one-step stage without any overhead.
+
+    Student 2 (3 where all its weights are trained), real score 2, fake score 1, critic 2 for each of its updates; the consistency loss 5 of
+    its own, smaller batch; the adversary's encoder two forward and one back. Decoding for rewards is not counted.
+
+    Args:
+        batch: samples a pass.
+    """
+    student = 3.0 if full else 2.0
+    scores = 3.0 + 2.0 * config.critic.updates if config.matching_weight else 0.0
+    kept = 5.0 * config.consistency_batch / batch if config.consistency_weight and not full else 0.0
+    return student + scores + kept + (3.0 * encoder_share if adversarial else 0.0)
+
+
 def with_cost(report: Mapping[str, float], config: StageConfig) -> dict[str, float]:
     """The report with ``step_forwards`` (measured), ``ideal_forwards`` and ``step_over_ideal`` added, where the stage has trained steps."""
+    return _costed(report, lambda share: ideal_forwards(config, share), config.loop.accumulate)
+
+
+def with_matching_cost(
+    report: Mapping[str, float], config: MatchingConfig, loop: LoopConfig, *, adversarial: bool, full: bool
+) -> dict[str, float]:
+    """`with_cost` for a one-step stage."""
+    batch = loop.batch_size // loop.accumulate
+    return _costed(report, lambda share: matching_forwards(config, batch, share, adversarial=adversarial, full=full), loop.accumulate)
+
+
+def _costed(report: Mapping[str, float], ideal_of: Callable[[float], float], accumulate: int) -> dict[str, float]:
     if "mean_step_seconds" not in report:
         return dict(report)
-    ideal = ideal_forwards(config, report["encoder_share"])
-    forwards = report["mean_step_seconds"] / (report["unet_forward_seconds"] * config.loop.accumulate)
+    ideal = ideal_of(report["encoder_share"])
+    forwards = report["mean_step_seconds"] / (report["unet_forward_seconds"] * accumulate)
     return {**report, "step_forwards": forwards, "ideal_forwards": ideal, "step_over_ideal": forwards / ideal}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,6 +18,7 @@ from hypersd_pipeline.models.discriminator import watched_mid
 from hypersd_pipeline.objectives import tscd
 from hypersd_pipeline.objectives.adversarial import balanced
 from hypersd_pipeline.training.adversary import ADAPTER, AdversarialConfig, Adversary
+from hypersd_pipeline.training.carry import carry
 from hypersd_pipeline.training.loop import LoopConfig
 
 
@@ -83,6 +84,14 @@ class StageConfig(MethodConfig):
     """One stage, complete. Attributes: ``segments`` is k; the others are `MethodConfig`'s."""
 
     segments: Literal[8, 4, 2, 1]
+
+
+def changed(stage: StageConfig, **sections: Any) -> StageConfig:
+    """The stage with other values; sections are merged key by key."""
+    values = stage.model_dump()
+    for name, value in sections.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    return StageConfig.model_validate(values)
 
 
 class DistillationStep:
@@ -180,10 +189,8 @@ class DistillationStep:
             towards_real = balanced(towards_real, towards_target)
         gradient = config.mse_weight * towards_target + config.adversarial.weight * towards_real
         self.adapters.use("student")
-        carried = (prediction * gradient).sum()
         value = config.mse_weight * distance + config.adversarial.weight * adversarial
-        loss = carried + (value - carried).detach()  # the value of the loss, with the gradient of what carries it
-        return loss, {"distance": distance.detach(), "adversarial": adversarial.detach(), **scalars}
+        return carry(prediction, gradient, value), {"distance": distance.detach(), "adversarial": adversarial.detach(), **scalars}
 
 
 def make_adapters(unet: object, config: StageConfig, start: object = None) -> AdaptedUNet:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.training.cost import ideal_forwards
-from hypersd_pipeline.training.distillation import StageConfig
+from hypersd_pipeline.training.distillation import StageConfig, changed
 
 
 class AblationConfig(Strict):
@@ -74,14 +74,6 @@ def plan(config: AblationConfig, tscd: dict[int, StageConfig], baselines: dict[s
     if unknown := [name for name in config.only or () if name not in known]:
         raise UserError(f"ablation.only: there is no cell {unknown[0]!r}; the cells are {'; '.join(known)}.")
     return [Cell(cell.name, _within_budget(cell, config)) for cell in cells if config.only is None or cell.name in config.only]
-
-
-def changed(stage: StageConfig, **sections: Any) -> StageConfig:
-    """The stage with other values; sections are merged key by key."""
-    values = stage.model_dump()
-    for name, value in sections.items():
-        values[name] = {**values[name], **value} if isinstance(value, dict) else value
-    return StageConfig.model_validate(values)
 
 
 def _variant(stage: StageConfig, hybrid: bool, offset: bool, previous: bool) -> StageConfig:

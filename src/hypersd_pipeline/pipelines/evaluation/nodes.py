@@ -23,7 +23,8 @@ from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.metrics.frechet import frechet_estimate, mean_estimate
 from hypersd_pipeline.metrics.grids import labelled_grid, to_pil
 from hypersd_pipeline.metrics.scorer import Scorer, Scores
-from hypersd_pipeline.models.lora import LoRA, merge_lora
+from hypersd_pipeline.models.lora import Contract, LoRA, merge_lora
+from hypersd_pipeline.models.one_step import CONTRACT
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.pipelines.evaluation import results
 from hypersd_pipeline.pipelines.evaluation.reference import SPLITS, SplitReference, fingerprint, make_split, read_reference, write_reference
@@ -82,18 +83,18 @@ class Bench:
             bench.texts[name] = bench.scorer.text_embeddings(split.prompts)
         return bench
 
-    def row(self, split: str, steps: int, guidance_scale: float, eta: float = 0.0) -> tuple[Metrics, list[Image.Image]]:
+    def row(self, split: str, steps: int, contract: Contract, guidance_scale: float = 1.0) -> tuple[Metrics, list[Image.Image]]:
         """Metrics of one number of steps on one split, and the pictures of the first ``grid_prompts`` prompts."""
         uncond = self.teacher.unconditional(1) if guidance_scale != 1 else None
         batches = generate(
             self.teacher,
             self.cond[split],
-            steps,
+            contract.timesteps(steps, self.teacher.schedule.num_train_timesteps),
             seed=self.config.seed,
             batch_size=self.config.batch_size,
             uncond=uncond,
             guidance_scale=guidance_scale,
-            eta=eta,
+            eta=contract.eta,
         )
         shown: list[Image.Image] = []
         scores = self.scorer.score_all(_watched(batches, shown, self.config.grid_prompts))
@@ -127,16 +128,16 @@ def _watched(batches: Iterable[Tensor], shown: list[Image.Image], n: int) -> Ite
 
 
 def _evaluate(
-    bench: Bench, steps: Iterable[int], own_steps: int, guidance_scale: float, eta: float = 0.0
+    bench: Bench, steps: Iterable[int], contract: Contract, guidance_scale: float = 1.0
 ) -> tuple[Metrics, Image.Image, FolderWriter]:
     metrics: Metrics = {}
     samples: dict[int, list[Image.Image]] = {}
-    for n in sorted({*steps, own_steps}):
-        figures, samples[n] = bench.row("test", n, guidance_scale, eta)
+    for n in sorted({*steps, contract.steps}):
+        figures, samples[n] = bench.row("test", n, contract, guidance_scale)
         metrics |= figures
     metrics["samples"] = len(bench.splits["test"])
     if "test_unseen" in bench.splits:
-        metrics |= bench.row("test_unseen", own_steps, guidance_scale, eta)[0]
+        metrics |= bench.row("test_unseen", contract.steps, contract, guidance_scale)[0]
         metrics["unseen_samples"] = len(bench.splits["test_unseen"])
     prompts = bench.splits["test"].prompts[: bench.config.grid_prompts]
     grid = labelled_grid([(_steps_label(n), pictures) for n, pictures in samples.items()], prompts)
@@ -155,7 +156,7 @@ def evaluate_teacher(teacher: TeacherConfig, reference: Path, evaluation: Evalua
         the pictures.
     """
     bench = Bench.load(teacher, reference, evaluation)
-    metrics, grid, samples = _evaluate(bench, evaluation.teacher_steps, max(evaluation.teacher_steps), evaluation.guidance_scale)
+    metrics, grid, samples = _evaluate(bench, evaluation.teacher_steps, Contract(max(evaluation.teacher_steps)), evaluation.guidance_scale)
     for name, split in bench.splits.items():
         metrics |= bench.figures(name, "recon", split.recon, against=("real",)) | bench.figures(name, "real", split.real, against=())
     return metrics, grid, samples
@@ -164,7 +165,7 @@ def evaluate_teacher(teacher: TeacherConfig, reference: Path, evaluation: Evalua
 def evaluate_stage(
     lora: LoRA, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig
 ) -> tuple[Metrics, Image.Image, FolderWriter]:
-    """A LoRA without guidance, with its contract's eta, at each of ``student_steps``, and at its own number of steps on unseen names.
+    """A LoRA without guidance, on its contract's grid, at each of ``student_steps``, and at its own number on unseen names.
 
     Returns:
         Flat metrics (``fd_efficientnet_lite0_recon/4_steps`` with ``_low`` and ``_high``, ``clip_score/4_steps``,
@@ -173,26 +174,22 @@ def evaluate_stage(
     Raises:
         UserError: the LoRA carries no sampling contract, it asks for guidance, or it was trained on other data than the reference's.
     """
-    own_steps, eta = read_contract(lora)
+    contract = Contract.of(lora)
     bench = Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
     merge_lora(bench.teacher.unet, lora)
-    return _evaluate(bench, evaluation.student_steps, own_steps, 1.0, eta)
+    return _evaluate(bench, evaluation.student_steps, contract)
 
 
-def read_contract(lora: LoRA) -> tuple[int, float]:
-    """The number of steps and the eta of the LoRA's sampling contract."""
-    try:
-        contract = json.loads(lora.metadata["sampling_contract"])
-        steps, guidance = int(contract["steps"]), float(contract["guidance_scale"])
-        eta = float(contract.get("eta", 0.0))
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError("LoRA: its metadata has no readable sampling_contract; train it again with this project.") from error
-    if guidance > 1:
-        raise UserError(
-            f"LoRA: its sampling_contract asks for guidance_scale {guidance}, few-step LoRAs are evaluated without; train it "
-            f"again with this project."
-        )
-    return steps, eta
+def evaluate_unet(
+    unet: Path, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig
+) -> tuple[Metrics, Image.Image, FolderWriter]:
+    """The dedicated one-step UNet at its own time input; as `evaluate_stage`."""
+    from diffusers import UNet2DConditionModel
+
+    contract = json.loads((unet / CONTRACT).read_text(encoding="utf-8"))
+    bench = Bench.load(teacher, reference, evaluation, contract["data_rows"])
+    bench.teacher.unet.load_state_dict(UNet2DConditionModel.from_pretrained(unet, use_safetensors=True).state_dict())
+    return _evaluate(bench, (1,), Contract(1, only=contract["timesteps"][0]))
 
 
 def write_samples(folder: Path, samples: Mapping[int, list[Image.Image]]) -> None:

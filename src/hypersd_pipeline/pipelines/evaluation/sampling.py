@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.diffusion.grids import trailing_timesteps
 from hypersd_pipeline.diffusion.sampling import sample_ddim
 from hypersd_pipeline.models.teacher import Teacher
 
@@ -24,7 +23,7 @@ def prompt_noise(indices: range, shape: tuple[int, int, int], seed: int, draw: i
 def generate(
     teacher: Teacher,
     cond: Conditioning,
-    steps: int,
+    timesteps: Tensor,
     *,
     seed: int,
     batch_size: int,
@@ -32,15 +31,14 @@ def generate(
     guidance_scale: float = 1.0,
     eta: float = 0.0,
 ) -> Iterator[Tensor]:
-    """Sample one picture per prompt on the trailing grid, batch by batch, with DDIM or, for an ``eta`` above 0, as TCDScheduler does.
+    """Sample one picture per prompt, batch by batch, with DDIM or, for an ``eta`` above 0, as TCDScheduler does.
 
     Args:
-        cond: of ``n`` prompts; ``uncond``: of one, needed for guidance.
+        timesteps: int64, falling. cond: of ``n`` prompts; ``uncond``: of one, needed for guidance.
 
     Yields:
         ``[b, 3, r, r]`` in [0, 1], float32.
     """
-    timesteps = trailing_timesteps(steps, teacher.schedule.num_train_timesteps)
     shape = (teacher.latent_channels, teacher.latent_size, teacher.latent_size)
     denoiser = teacher.denoiser()
     for start in range(0, len(cond), batch_size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -20,18 +21,17 @@ from hypersd_pipeline.metrics.features import load_features
 from hypersd_pipeline.metrics.grids import labelled_grid, to_pil
 from hypersd_pipeline.metrics.mask_ap import mask_ap
 from hypersd_pipeline.models.adapters import AdaptedUNet
-from hypersd_pipeline.models.lora import LoRA, combine, merge_lora
+from hypersd_pipeline.models.lora import Contract, LoRA, combine, lora_key, merge_lora
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.objectives import feedback as objective
 from hypersd_pipeline.perception.annotations import AnnotatedSplit
 from hypersd_pipeline.perception.load import load_perceptual_model
 from hypersd_pipeline.perception.protocol import PerceptualModel
-from hypersd_pipeline.pipelines.evaluation.nodes import Bench, read_contract
+from hypersd_pipeline.pipelines.evaluation.nodes import Bench
 from hypersd_pipeline.pipelines.evaluation.sampling import generate
 from hypersd_pipeline.pipelines.feedback.config import FeedbackConfig
 from hypersd_pipeline.pipelines.feedback.report import tradeoff_plot
 from hypersd_pipeline.pipelines.feedback.studio import Judges, Studio
-from hypersd_pipeline.pipelines.tscd.nodes import lora_key
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
 from hypersd_pipeline.training.feedback import STUDENT, Annotated, FeedbackStep, RewardTerm
 from hypersd_pipeline.training.guard import Guard
@@ -188,7 +188,7 @@ def measure_tradeoff(
     Returns:
         A line per weight; the same as metrics; the plot of reward against distance, a point per weight; a grid, a column per weight.
     """
-    _, eta = read_contract(lora)
+    contract = Contract.of(lora)
     bench = Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
     judges = Judges.load(stage, bench.teacher.device)
     perceptual = None if stage.perceptual is None else load_perceptual_model(stage.perceptual, bench.teacher.device)
@@ -196,12 +196,14 @@ def measure_tradeoff(
     studio = Studio(
         bench.teacher, judges, bench.scorer.features, split.prompts, bench.cond["test"], steps, evaluation.seed, stage.guard.variants
     )
+    timesteps = contract.timesteps(steps, bench.teacher.schedule.num_train_timesteps)
     merge_lora(bench.teacher.unet, lora)
     lines, columns, before = [], [], 0.0
     for weight in sorted({0.0, *stage.merge_weights}):
         merge_lora(bench.teacher.unet, feedback_lora, weight - before)
         before = weight
-        batches = list(generate(bench.teacher, bench.cond["test"], steps, seed=evaluation.seed, batch_size=evaluation.batch_size, eta=eta))
+        options: dict[str, Any] = {"seed": evaluation.seed, "batch_size": evaluation.batch_size, "eta": contract.eta}
+        batches = list(generate(bench.teacher, bench.cond["test"], timesteps, **options))
         figures = bench.figures("test", f"{steps}_steps", bench.scorer.score_all(batches))
         line = {"weight": weight, **{name.split("/")[0]: v for name, v in figures.items() if not name.endswith(("_low", "_high"))}}
         line |= studio.look(bench.teacher.denoiser())

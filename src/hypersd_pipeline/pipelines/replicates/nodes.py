@@ -14,12 +14,12 @@ from hypersd_pipeline.io.records import RecordStore
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig
-from hypersd_pipeline.pipelines.ablation.config import changed
 from hypersd_pipeline.pipelines.ablation.nodes import conditions, frame_of, stage_identity
 from hypersd_pipeline.pipelines.evaluation.nodes import evaluate_stage, evaluate_teacher
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.pipelines.tscd.nodes import distil
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
+from hypersd_pipeline.training.distillation import changed
 
 
 class ReplicatesConfig(Strict):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from hypersd_pipeline.data import twemoji
+from hypersd_pipeline.diffusion.grids import trailing_timesteps
 from hypersd_pipeline.metrics.grids import captioned_grid, to_pil
 from hypersd_pipeline.models.dual_encoder import DualEncoder, save_dual_encoder
 from hypersd_pipeline.models.quality_head import QualityHead, save_quality_head
@@ -179,7 +180,7 @@ def sample_teacher(folder: Path, dataset: Path, config: TeacherTrainingConfig) -
     batches = generate(
         teacher,
         teacher.encode_prompts(prompts),
-        25,
+        trailing_timesteps(25),
         seed=config.unet.loop.seed,
         batch_size=32,
         uncond=teacher.unconditional(1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.models.adapters import AdaptedUNet
-from hypersd_pipeline.models.lora import LoRA, sampling_contract
+from hypersd_pipeline.models.lora import Contract, LoRA, lora_key
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults, check_previous
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
@@ -65,7 +64,7 @@ def distil(
         model.unet.train()  # diffusers checkpoints only in training mode; Stable Diffusion UNets have no dropout
     adversary = make_adversary(adapters, config, model.schedule, accelerator.device)
     step = DistillationStep(adapters, config, model.schedule, model.prediction_type, accelerator.device, adversary)
-    batches = _Batches(latents, config, accelerator)
+    batches = Batches(latents, config, accelerator)
     student, ema = adapters.parameters("student"), adapters.parameters("ema")
     state: dict[str, Stateful] = {"adapters": adapters}
     report = train(
@@ -86,7 +85,7 @@ def distil(
     return adapters.export("ema", _metadata(config, model, latents)), with_cost(report, config)
 
 
-class _Batches:
+class Batches:
     """Draws the stage's batches from the cache, on the stage's device."""
 
     def __init__(self, latents: LatentCache, config: StageConfig, accelerator: Accelerator) -> None:
@@ -111,7 +110,7 @@ class _Batches:
         return x0, cond, uncond
 
 
-def _forward_cost(adapters: AdaptedUNet, batches: _Batches, accelerator: Accelerator) -> Mapping[str, float]:
+def _forward_cost(adapters: AdaptedUNet, batches: Batches, accelerator: Accelerator) -> Mapping[str, float]:
     x0, cond, _ = batches.draw(torch.Generator().manual_seed(0))
     return measure_forward(adapters, x0, cond, accelerator.autocast)
 
@@ -120,17 +119,6 @@ def _key(config: StageConfig, model: Teacher, latents: LatentCache, previous: Lo
     """What the stage's weights depend on."""
     teacher = [model.content_hash("unet"), model.prediction_type, model.config.dtype, model.scheduler_config()]
     return fingerprint({**config.model_dump(mode="json"), "loop": config.loop.identity()}, latents.key, teacher, lora_key(previous))
-
-
-def lora_key(lora: LoRA | None) -> str | None:
-    """A hash of the LoRA's weights, the same on every machine; None for none."""
-    if lora is None:
-        return None
-    digest = hashlib.sha256()
-    for name, tensor in sorted(lora.tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _metadata(config: StageConfig, model: Teacher, latents: LatentCache) -> dict[str, str]:
@@ -142,5 +130,5 @@ def _metadata(config: StageConfig, model: Teacher, latents: LatentCache) -> dict
         "teacher_unet_sha256": model.content_hash("unet"),
         "data_key": latents.key,
         "data_rows": latents.parts["rows"],
-        "sampling_contract": sampling_contract(config.segments, scheduler, model.prediction_type, config.sampling_eta),
+        "sampling_contract": Contract(config.segments, config.sampling_eta).to_json(scheduler, model.prediction_type),
     }
