@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, TCDScheduler
 
-from hypersd_pipeline.diffusion.grids import boundaries, check_grid, segment_start, solver_grid, trailing_timesteps
+from hypersd_pipeline.diffusion.grids import boundaries, check_grid, segment_start, solver_grid, tcd_timesteps, trailing_timesteps
 from hypersd_pipeline.errors import UserError
 
 # segment start: the grid points (N = 40) whose student starts there
@@ -85,3 +85,22 @@ def test_trailing_is_diffusers_trailing(steps):
     reference = DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing")
     reference.set_timesteps(steps)
     assert trailing_timesteps(steps).tolist() == reference.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 16, 50])
+def test_tcd_is_diffusers_tcd(steps):
+    reference = TCDScheduler(num_train_timesteps=1000)
+    reference.set_timesteps(steps)
+    grid = tcd_timesteps(steps)
+    assert grid.dtype == torch.int64 and grid.tolist() == reference.timesteps.tolist()
+
+
+def test_tcd_of_four_is_not_trailing():
+    assert tcd_timesteps(4).tolist() == [999, 759, 499, 259]
+    assert trailing_timesteps(4).tolist() == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize("steps", [0, 51])
+def test_tcd_has_fifty_points(steps):
+    with pytest.raises(UserError, match=f"steps: {steps} is not between 1 and the 50 points"):
+        tcd_timesteps(steps)

@@ -1,5 +1,7 @@
 """Datasets of numbers: final metrics as JSON, and live curves."""
 
+from __future__ import annotations
+
 import csv
 import json
 import logging
@@ -104,8 +106,14 @@ class MetricStream:
         if time.monotonic() - self._written >= self._seconds:
             self.flush()
 
+    def __enter__(self) -> MetricStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write what is buffered; the end of a ``with`` does so too."""
         rows, self._rows = self._rows, []
         self._written = time.monotonic()
         if not rows:

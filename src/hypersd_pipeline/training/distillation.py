@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
@@ -20,6 +20,8 @@ from hypersd_pipeline.objectives.adversarial import balanced
 from hypersd_pipeline.training.adversary import ADAPTER, AdversarialConfig, Adversary
 from hypersd_pipeline.training.carry import carry
 from hypersd_pipeline.training.loop import LoopConfig
+
+Stage = TypeVar("Stage", bound=BaseModel)
 
 
 class LoraConfig(Strict):
@@ -86,12 +88,12 @@ class StageConfig(MethodConfig):
     segments: Literal[8, 4, 2, 1]
 
 
-def changed(stage: StageConfig, **sections: Any) -> StageConfig:
+def changed(stage: Stage, **sections: Any) -> Stage:
     """The stage with other values; sections are merged key by key."""
     values = stage.model_dump()
     for name, value in sections.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value
-    return StageConfig.model_validate(values)
+    return type(stage).model_validate(values)
 
 
 class DistillationStep:

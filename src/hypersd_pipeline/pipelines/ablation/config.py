@@ -10,7 +10,8 @@ from pydantic import Field, field_validator
 
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.training.cost import ideal_forwards
+from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
+from hypersd_pipeline.training.cost import ideal_forwards, matching_forwards
 from hypersd_pipeline.training.distillation import StageConfig, changed
 
 
@@ -20,6 +21,8 @@ class AblationConfig(Strict):
     Attributes:
         budget: of a training, all its stages together, in forward passes of the UNet on a batch; evaluation is not counted.
         shares: of the budget, for the stages of a chain with 8, 4, 2 and 1 segments.
+        one_step_share: of the budget, for the one-step stage of the cell that has all of Hyper-SD's stages; the others get the rest.
+        sampling_eta: of the sampling of the TSCD cells, whose last stage is TCD's too and is sampled as TCD is.
         encoder_share: what the encoder and mid block cost of a forward pass; a constant, so that a second run plans the same steps.
         seeds: each cell is trained once with each, seed by seed.
         only: names of the cells to run; null runs all.
@@ -27,6 +30,8 @@ class AblationConfig(Strict):
 
     budget: float = Field(gt=0)
     shares: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.4)
+    one_step_share: float = Field(default=0.5, gt=0, lt=1)
+    sampling_eta: float = Field(default=0.3, ge=0, le=1)
     encoder_share: float = Field(default=0.4, gt=0, le=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     only: tuple[str, ...] | None = None
@@ -44,20 +49,27 @@ class Cell:
     """One candidate: a name and its stages, in order."""
 
     name: str
-    stages: tuple[StageConfig, ...]
+    stages: tuple[StageConfig | OneStepConfig, ...]
 
     def seeded(self, seed: int) -> Cell:
         """The same with another seed."""
         return Cell(self.name, tuple(changed(stage, loop={"seed": seed}) for stage in self.stages))
 
 
-def plan(config: AblationConfig, tscd: dict[int, StageConfig], baselines: dict[str, tuple[StageConfig, ...]]) -> list[Cell]:
-    """The cells: {k=1, 8-4-2-1} x {MSE, hybrid} x {offset noise on, off} x {teacher base, previous stage}, and the baselines.
+def plan(
+    config: AblationConfig,
+    tscd: dict[int, StageConfig],
+    baselines: dict[str, tuple[StageConfig, ...]],
+    unified: OneStepConfig,
+    one_step: dict[str, OneStepConfig],
+) -> list[Cell]:
+    """The cells: {k=1, 8-4-2-1} x {MSE, hybrid} x {offset noise on, off} x {teacher base, previous stage}, Hyper-SD, and the baselines.
 
-    A single stage has no previous one, so that it comes with ``base`` only.
+    A single stage has no previous one, so that it comes with ``base`` only. "Hyper-SD" is the chain and the one-step stage, without
+    feedback: no other method has a reward model.
 
     Args:
-        tscd: segments -> the stage as configured. baselines: name -> its stages.
+        tscd: segments -> the stage as configured. baselines: name -> its stages. unified: the one-step stage. one_step: further baselines.
 
     Raises:
         UserError: ``only`` names a cell that there is not, or the budget is too small for a stage.
@@ -68,8 +80,11 @@ def plan(config: AblationConfig, tscd: dict[int, StageConfig], baselines: dict[s
         if previous and len(stages) == 1:
             continue
         name = f"{chain} {'hybrid' if hybrid else 'MSE'}{'' if offset else ', no offset noise'}{', previous stage' if previous else ''}"
-        cells.append(Cell(name, tuple(_variant(s, hybrid, offset, previous and i > 0) for i, s in enumerate(stages))))
+        variants = [_variant(s, hybrid, offset, previous and i > 0) for i, s in enumerate(stages)]
+        cells.append(Cell(name, (*variants[:-1], changed(variants[-1], sampling_eta=config.sampling_eta))))
+    cells.append(Cell("Hyper-SD", (*chains["8-4-2-1"], unified)))
     cells += [Cell(name, stages) for name, stages in baselines.items()]
+    cells += [Cell(name, (stage,)) for name, stage in one_step.items()]
     known = [cell.name for cell in cells]
     if unknown := [name for name in config.only or () if name not in known]:
         raise UserError(f"ablation.only: there is no cell {unknown[0]!r}; the cells are {'; '.join(known)}.")
@@ -85,12 +100,32 @@ def _variant(stage: StageConfig, hybrid: bool, offset: bool, previous: bool) -> 
     return changed(stage, **changes)
 
 
-def _within_budget(cell: Cell, config: AblationConfig) -> tuple[StageConfig, ...]:
-    shares = config.shares if len(cell.stages) > 1 else (1.0,)
-    planned = []
-    for stage, share in zip(cell.stages, shares, strict=True):
-        steps = round(config.budget * share / ideal_forwards(stage, config.encoder_share))
-        if steps < 1:
-            raise UserError(f"ablation.budget: {config.budget:g} forward passes do not pay for one step of '{cell.name}'; raise it.")
-        planned.append(changed(stage, loop={"steps": steps}))
-    return tuple(planned)
+def _within_budget(cell: Cell, config: AblationConfig) -> tuple[StageConfig | OneStepConfig, ...]:
+    chain = config.shares if config.shares and len(cell.stages) >= 4 else (1.0,)
+    rest = 1 - config.one_step_share
+    shares = (*(share * rest for share in chain), config.one_step_share) if len(cell.stages) == 5 else chain
+    return tuple(_paid(stage, config.budget * share, cell.name, config) for stage, share in zip(cell.stages, shares, strict=True))
+
+
+def _paid(stage: StageConfig | OneStepConfig, forwards: float, cell: str, config: AblationConfig) -> StageConfig | OneStepConfig:
+    """The stage with as many steps as its forwards pay for, its pairs included."""
+    steps = round((forwards - prepared_forwards(stage)) / step_forwards(stage, config.encoder_share))
+    if steps < 1:
+        raise UserError(f"ablation.budget: {config.budget:g} forward passes do not pay for one step of '{cell}'; raise it.")
+    return changed(stage, loop={"steps": steps})
+
+
+def step_forwards(stage: StageConfig | OneStepConfig, encoder_share: float) -> float:
+    """Forward passes of one update."""
+    if isinstance(stage, StageConfig):
+        return ideal_forwards(stage, encoder_share)
+    batch = stage.loop.batch_size // stage.loop.accumulate
+    return matching_forwards(stage.matching, batch, encoder_share, adversarial=stage.adversarial.weight > 0, full=False)
+
+
+def prepared_forwards(stage: StageConfig | OneStepConfig) -> float:
+    """Forward passes, at the training batch, of what is made before the training: the pairs of a regression."""
+    if isinstance(stage, StageConfig) or not stage.needs_pairs:
+        return 0.0
+    pairs = stage.pairs
+    return pairs.count / (stage.loop.batch_size // stage.loop.accumulate) * pairs.steps * (2 if pairs.source == "teacher" else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from hypersd_pipeline.io.records import RecordStore
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
-from hypersd_pipeline.pipelines.ablation.config import AblationConfig, Cell, plan
+from hypersd_pipeline.pipelines.ablation.config import AblationConfig, Cell, plan, prepared_forwards, step_forwards
+from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
+from hypersd_pipeline.pipelines.dmd.nodes import unify
+from hypersd_pipeline.pipelines.dmd.pairs import make_pairs
 from hypersd_pipeline.pipelines.evaluation.nodes import evaluate_stage, evaluate_teacher
 from hypersd_pipeline.pipelines.evaluation.results import long_table
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.pipelines.tscd.nodes import distil
 from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
-from hypersd_pipeline.training.cost import ideal_forwards
 from hypersd_pipeline.training.distillation import StageConfig
 
 
@@ -37,12 +40,16 @@ def plan_cells(
     progressive_k4: StageOverrides,
     progressive_k2: StageOverrides,
     progressive_k1: StageOverrides,
+    unified: OneStepConfig,
+    dmd2: OneStepConfig,
+    dmd: OneStepConfig,
 ) -> list[Cell]:
     """Every cell with its stages, each with as many steps as its share of the budget pays for."""
     tscd: dict[int, StageConfig] = {stage.segments: stage.apply(defaults) for stage in (k8, k4, k2, k1)}
     progressive = (progressive_k8, progressive_k4, progressive_k2, progressive_k1)
     baselines = {"LCM": (lcm,), "TCD": (tcd,), "PCM": (pcm,), "progressive": progressive}
-    return plan(ablation, tscd, {name: tuple(s.apply(defaults) for s in stages) for name, stages in baselines.items()})
+    methods = {name: tuple(s.apply(defaults) for s in stages) for name, stages in baselines.items()}
+    return plan(ablation, tscd, methods, unified, {"DMD2": dmd2, "DMD without TSCD": dmd})
 
 
 def run_cells(
@@ -92,14 +99,21 @@ def _run(
 ) -> dict[str, float]:
     lora: LoRA | None = None
     stream, forwards, images, done = records.stream(name), 0.0, 0, 0
-    for stage in cell.stages:
+    for i, stage in enumerate(cell.stages):
 
         def live(values: Mapping[str, float], step: int, first: int = done) -> None:
             stream(values, first + step)
 
-        lora, report = distil(latents, teacher, stage, checkpoints, live, lora)
+        if isinstance(stage, OneStepConfig):
+            folder = records.path / "pairs" / re.sub("[^A-Za-z0-9]+", "_", cell.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            make_pairs(latents, teacher, stage, lora)(folder)
+            before = [s for s in cell.stages[:i] if isinstance(s, StageConfig)]
+            lora, report = unify(latents, teacher, stage, before[-1] if before else None, folder, checkpoints, live, lora)
+        else:
+            lora, report = distil(latents, teacher, stage, checkpoints, live, lora)
         done += stage.loop.steps
-        forwards += stage.loop.steps * ideal_forwards(stage, report["encoder_share"])
+        forwards += stage.loop.steps * step_forwards(stage, report["encoder_share"]) + prepared_forwards(stage)
         images += stage.loop.steps * stage.loop.batch_size
         stream.flush()
     assert lora is not None
@@ -113,7 +127,7 @@ def conditions(teacher: TeacherConfig, latents: LatentCache, evaluation: Evaluat
     return [evaluation.model_dump(mode="json"), teacher.model_dump(mode="json"), weights, latents.key]
 
 
-def stage_identity(stage: StageConfig) -> dict[str, Any]:
+def stage_identity(stage: StageConfig | OneStepConfig) -> dict[str, Any]:
     """What a stage's weights depend on, of its configuration."""
     return {**stage.model_dump(mode="json"), "loop": stage.loop.identity()}
 

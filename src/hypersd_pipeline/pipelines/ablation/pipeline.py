@@ -16,6 +16,7 @@ def create_pipeline(**_: Any) -> Pipeline:
     """``latents``, ``manifest`` and the stages' parameters -> ``ablation_figures``, ``ablation_table``, ``ablation_plot``."""
     stages = {f"k{k}": f"params:tscd_k{k}.stage" for k in SEGMENTS}
     stages |= {name: f"params:baseline_{name}.stage" for name in ("lcm", "tcd", "pcm", *(f"progressive_k{k}" for k in SEGMENTS))}
+    stages |= {"unified": "params:dmd.stage", "dmd2": "params:baseline_dmd2.stage", "dmd": "params:baseline_dmd.stage"}
     run = {
         "cells": "ablation_cells",
         "ablation": "params:ablation",

@@ -67,6 +67,20 @@ def train_unified(
     Raises:
         UserError: weights of a reward are missing, the pairs or the cache were made with something else, or ``start`` has other modules.
     """
+    return unify(latents, teacher, stage, consistency.apply(defaults), pairs, checkpoints, metric_stream, start)
+
+
+def unify(
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    stage: OneStepConfig,
+    consistency: StageConfig | None,
+    pairs: Path,
+    checkpoints: CheckpointStore,
+    metric_stream: MetricStream,
+    start: LoRA | None = None,
+) -> tuple[LoRA, dict[str, float]]:
+    """`train_unified`, with the configuration complete; ``consistency`` may be None where its weight is 0."""
     accelerator = make_accelerator(stage.loop)
     model = _load(teacher, stage, latents, accelerator)
     adapters = AdaptedUNet(
@@ -82,7 +96,7 @@ def train_unified(
     student = adapters.parameters("student")
     setup = _Setup(stage, model, adapters, latents, accelerator, _pairs(stage, pairs, latents, model, start))
     step = setup.step(adapters.denoiser("student"), ready=lambda: adapters.use("student"))
-    kept = _consistency(consistency.apply(defaults), stage, adapters, latents, model, accelerator)
+    kept = _consistency(consistency, stage, adapters, latents, model, accelerator)
     report = _train(
         setup, "unified", student, setup.fed_to(step, kept), {"adapters": adapters}, latents, start, checkpoints, metric_stream,
         after_update=lambda: ema_update(adapters.parameters("ema"), student, stage.ema_decay),
@@ -248,11 +262,12 @@ def _train(
 
 
 def _consistency(
-    config: StageConfig, stage: OneStepConfig, adapters: AdaptedUNet, latents: LatentCache, model: Teacher, accelerator: Accelerator
+    config: StageConfig | None, stage: OneStepConfig, adapters: AdaptedUNet, latents: LatentCache, model: Teacher, accelerator: Accelerator
 ) -> Callable[[torch.Generator], Loss] | None:
     """TSCD's loss with one segment, squared error alone, on batches of its own; None where its weight is 0."""
     if not stage.matching.consistency_weight:
         return None
+    assert config is not None
     loop = {"batch_size": stage.matching.consistency_batch * stage.loop.accumulate, "accumulate": stage.loop.accumulate}
     config = changed(config, teacher="base", mse_weight=1.0, adversarial={"weight": 0.0}, loop=loop)
     step = DistillationStep(adapters, config, model.schedule, model.prediction_type, accelerator.device)

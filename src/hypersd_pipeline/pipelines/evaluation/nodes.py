@@ -208,23 +208,30 @@ def read_samples(folder: Path, steps: int) -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in sorted((folder / f"{steps}_steps").glob("*.png"))]
 
 
+MODELS = {"k8": (8,), "k4": (4,), "k2": (2,), "k1": (1,), "feedback": (4,), "unified": (1, 2, 4, 8), "unet": (1,)}
+"""The chain's models, in order, and the numbers of steps that are shown of each."""
+
+
 def summarise(
     reference: Path, teacher_metrics: Metrics, teacher_samples: Path, evaluation: EvaluationConfig, **stages: Any
 ) -> tuple[str, pd.DataFrame, dict[str, dict[str, float]], Image.Image]:
     """One table of all models and numbers of steps, and the main grid.
 
     Args:
-        stages: ``metrics_k8`` and ``samples_k8``, and so on for each stage.
+        stages: ``metrics_<model>`` and, but for feedback, ``samples_<model>`` of the models in `MODELS`.
 
     Returns:
-        The table as markdown, as data frame (a line per figure), the headline figures by row, and the grid with the columns teacher-25,
-        teacher-4, k8@8, k4@4, k2@2, k1@1.
+        The table as markdown, as data frame (a line per figure), the headline figures by row, and the grid: teacher at most and at 4 steps,
+        then each model at its own.
     """
-    names = sorted((name.removeprefix("metrics_") for name in stages if name.startswith("metrics_")), key=lambda k: -int(k[1:]))
-    frame = results.long_table({"teacher": teacher_metrics, **{k: stages[f"metrics_{k}"] for k in names}})
+    names = [name for name in MODELS if f"metrics_{name}" in stages]
+    frame = results.long_table({"teacher": teacher_metrics, **{name: stages[f"metrics_{name}"] for name in names}})
     most = max(evaluation.teacher_steps)
+    own = [(name, n) for name in names for n in MODELS[name]]
     columns = [(f"teacher, {_steps_label(n)}", read_samples(teacher_samples, n)) for n in dict.fromkeys((most, 4))]
-    columns += [(f"{k}, {_steps_label(int(k[1:]))}", read_samples(stages[f"samples_{k}"], int(k[1:]))) for k in names]
+    columns += [
+        (f"{name}, {_steps_label(n)}", read_samples(stages[f"samples_{name}"], n)) for name, n in own if f"samples_{name}" in stages
+    ]
     prompts = read_reference(reference)["test"].prompts[: evaluation.grid_prompts]
-    headline = results.headline(frame, [("teacher", most), ("teacher", 4), *((k, int(k[1:])) for k in names)])
+    headline = results.headline(frame, [("teacher", most), ("teacher", 4), *own])
     return results.markdown(frame, evaluation), frame, headline, labelled_grid([c for c in columns if c[1]], prompts)

@@ -6,15 +6,14 @@ from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
-from hypersd_pipeline.pipelines.evaluation.nodes import evaluate_teacher, prepare_reference, summarise
-
-STAGES = ("k8", "k4", "k2", "k1")
+from hypersd_pipeline.pipelines.evaluation.nodes import MODELS, evaluate_teacher, prepare_reference, summarise
 
 
 def create_pipeline(**_: Any) -> Pipeline:
-    """``manifest``, ``metrics_k*``, ``samples_k*`` -> ``evaluation_reference``, teacher's figures, ``results_*``."""
+    """``manifest``, and metrics and samples of every stage -> ``evaluation_reference``, teacher's figures, ``results_*``."""
     teacher = {"teacher": "params:teacher", "reference": "evaluation_reference", "evaluation": "params:evaluation"}
-    stages = {f"{kind}_{stage}": f"{kind}_{stage}" for stage in STAGES for kind in ("metrics", "samples")}
+    stages = {f"metrics_{model}": f"metrics_{model}" for model in MODELS}
+    stages |= {f"samples_{model}": f"samples_{model}" for model in MODELS if model != "feedback"}  # whose grid is by weight
     shared = {name: name for name in ("teacher_metrics", "teacher_samples")}
     return Pipeline(
         [

@@ -182,11 +182,12 @@ def measure_tradeoff(
     lora: LoRA,
     feedback_lora: LoRA,
     stage: FeedbackConfig,
-) -> tuple[pd.DataFrame, dict[str, dict[str, float]], Image.Image, Image.Image]:
+) -> tuple[pd.DataFrame, dict[str, Any], Image.Image, Image.Image]:
     """Rewards, distance, diversity, Frechet distance and mask AP with 0, and with each of ``merge_weights``, times the feedback LoRA.
 
     Returns:
-        A line per weight; the same as metrics; the plot of reward against distance, a point per weight; a grid, a column per weight.
+        A line per weight; the same as metrics by weight, and those of the evaluation at weight 1 (or the last one below) as other models
+        have them; the plot of reward against distance, a point per weight; a grid, a column per weight.
     """
     contract = Contract.of(lora)
     bench = Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
@@ -199,12 +200,15 @@ def measure_tradeoff(
     timesteps = contract.timesteps(steps, bench.teacher.schedule.num_train_timesteps)
     merge_lora(bench.teacher.unet, lora)
     lines, columns, before = [], [], 0.0
+    headline: dict[str, float] = {}
     for weight in sorted({0.0, *stage.merge_weights}):
         merge_lora(bench.teacher.unet, feedback_lora, weight - before)
         before = weight
         options: dict[str, Any] = {"seed": evaluation.seed, "batch_size": evaluation.batch_size, "eta": contract.eta}
         batches = list(generate(bench.teacher, bench.cond["test"], timesteps, **options))
         figures = bench.figures("test", f"{steps}_steps", bench.scorer.score_all(batches))
+        if weight <= 1:
+            headline = {**figures, "samples": float(len(split))}
         line = {"weight": weight, **{name.split("/")[0]: v for name, v in figures.items() if not name.endswith(("_low", "_high"))}}
         line |= studio.look(bench.teacher.denoiser())
         if perceptual is not None:
@@ -212,8 +216,8 @@ def measure_tradeoff(
         lines.append(line)
         columns.append((f"feedback x {weight:g}", [to_pil(image) for image in batches[0][: evaluation.grid_prompts]]))
     frame = pd.DataFrame(lines)
-    metrics = {f"w_{line['weight']:.2f}": {k: float(v) for k, v in line.items() if k != "weight"} for line in lines}
-    return frame, metrics, tradeoff_plot(frame), labelled_grid(columns, split.prompts[: evaluation.grid_prompts])
+    metrics: dict[str, Any] = {f"w_{line['weight']:.2f}": {k: float(v) for k, v in line.items() if k != "weight"} for line in lines}
+    return frame, {**headline, **metrics}, tradeoff_plot(frame), labelled_grid(columns, split.prompts[: evaluation.grid_prompts])
 
 
 @torch.no_grad()
