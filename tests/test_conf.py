@@ -11,6 +11,8 @@ from hypersd_pipeline.data.config import DataConfig
 from hypersd_pipeline.diffusion.grids import boundaries, check_grid, solver_grid
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
+from hypersd_pipeline.pipelines.feedback.config import FeedbackConfig
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.settings import CONFIG_LOADER_ARGS
 
@@ -31,6 +33,9 @@ def test_environments_are_valid(env):
     for k in (8, 4, 2, 1):
         stage = StageOverrides(**values[f"tscd_k{k}"]["stage"]).apply(TscdDefaults(**values["tscd"]))
         check_grid(solver_grid(stage.solver_points), boundaries(stage.segments))
+    FeedbackConfig(**values["feedback"]["stage"])
+    for name in ("dmd", "one_step_unet", "baseline_dmd2", "baseline_dmd"):
+        OneStepConfig(**values[name]["stage"])
 
 
 @pytest.mark.parametrize(

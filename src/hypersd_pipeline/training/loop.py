@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hypersd_pipeline.config import Strict
+from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class LoopConfig(Strict):
     Attributes:
         steps: optimiser updates. batch_size: samples an update (before accumulation it is divided by ``accumulate``).
         learning_rate, schedule, warmup_steps: see `learning_rate_at`.
+        optimizer: ``adamw`` (fused on a GPU), ``adafactor`` (PyTorch's: a row and a column of moments for each matrix, for training a whole
+            UNet) or ``adamw_8bit`` (bitsandbytes', which must be installed; GPU only).
         max_grad_norm: clipping. betas, weight_decay: AdamW's.
         mixed_precision: ``no`` or ``bf16`` (autocast; LoRA gradients in fp16 would need loss scaling, so it is not offered).
         conv_precision: how a CPU with bf16 instructions multiplies inside float32 convolutions; everything around them stays float32.
@@ -58,6 +61,7 @@ class LoopConfig(Strict):
     learning_rate: float = Field(gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
+    optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -102,6 +106,27 @@ def _exact_convolutions_after() -> Iterator[None]:
         yield
     finally:
         _set_convolutions("ieee")
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
+    """The main optimiser of a stage.
+
+    Raises:
+        UserError: ``adamw_8bit`` without bitsandbytes.
+    """
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    match config.optimizer:
+        case "adafactor":
+            return torch.optim.Adafactor(parameters, **options)
+        case "adamw_8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError as error:
+                raise UserError("loop.optimizer: adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use adafactor.") from error
+            return AdamW8bit(parameters, betas=config.betas, **options)  # type: ignore[no-any-return]
+        case _:
+            fused = bool(parameters) and all(p.is_cuda for p in parameters)
+            return torch.optim.AdamW(parameters, betas=config.betas, fused=fused or None, **options)
 
 
 def learning_rate_at(step: int, config: LoopConfig) -> float:
@@ -179,7 +204,7 @@ def train(
         TrainingStopped: interrupted (the checkpoint of the last finished step is saved), or non-finite once more after the last rollback.
     """
     parameters = list(parameters)
-    main = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    main = make_optimizer(parameters, config)
     run = _Run(name, config, {"main": main, **(companions or {})}, dict(state), key, checkpoints, dict(constants or {}))
     step = run.resume()
     if accelerator.device.type == "cuda":

@@ -42,7 +42,7 @@ class OneStepConfig(Strict):
         ema_decay: of the averaged weights, which are exported. ema_on_cpu: keep them there (the UNet; saves a UNet of GPU memory).
         gradient_checkpointing, decode_checkpointing: memory for time.
         sampling_eta: of the unified LoRA's contract.
-        lora: its target modules must be those of the LoRA it starts from; the rank too, where there is none to start from.
+        lora: of the student, where there is no LoRA that it starts from, and of the UNet's critic.
     """
 
     matching: MatchingConfig

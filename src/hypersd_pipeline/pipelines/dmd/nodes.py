@@ -86,7 +86,7 @@ def unify(
     adapters = AdaptedUNet(
         model.unet,
         rank=start.rank if start else stage.lora.rank,
-        target_modules=stage.lora.target_modules,
+        target_modules=tuple(start.modules()) if start else stage.lora.target_modules,
         trainable=("student", CRITIC),
         start=start,
         fresh_names=(CRITIC,),
