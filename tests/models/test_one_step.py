@@ -96,3 +96,10 @@ def test_the_unets_folder_holds_all_that_diffusers_needs(tmp_path):
     assert (contract["scheduler"], contract["timesteps"], contract["data_rows"]) == ("LCMScheduler", [800], "abc")
     card = (folder / "README.md").read_text()
     assert "timesteps=[800]" in card and 'from_pretrained("src/hypersd_pipeline/assets/teacher"' in card
+
+
+def test_another_first_timestep_is_for_one_step_only():
+    contract = Contract(1, 0.3, "tcd", first=800)
+    assert contract.timesteps(1, 1000).tolist() == [800]
+    assert contract.timesteps(2, 1000).tolist() == Contract(1, 0.3, "tcd").timesteps(2, 1000).tolist() == [999, 499]
+    assert Contract.of(LoRA({}, {"sampling_contract": contract.to_json({}, "epsilon")})) == contract

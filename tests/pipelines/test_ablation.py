@@ -1,5 +1,7 @@
 """The ablation: its cells, equal budgets, resuming, and the report."""
 
+import json
+
 import pandas as pd
 import pytest
 import tiny
@@ -7,20 +9,22 @@ from test_layouts import write_pictures
 
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.data.config import DataConfig
+from hypersd_pipeline.data.rows import Manifest
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.io.records import RecordStore
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.pipelines.ablation import nodes
-from hypersd_pipeline.pipelines.ablation.config import AblationConfig, plan
+from hypersd_pipeline.pipelines.ablation.config import AblationConfig, plan, prepared_forwards, step_forwards
 from hypersd_pipeline.pipelines.ablation.report import report, summarise
 from hypersd_pipeline.pipelines.data_prep.nodes import cache_latents, generate_dataset, validate_rows
+from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
 from hypersd_pipeline.pipelines.evaluation.nodes import prepare_reference
+from hypersd_pipeline.pipelines.feedback.config import FeedbackConfig
 from hypersd_pipeline.pipelines.replicates.nodes import ReplicatesConfig, run_replicates
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.training.checkpoints import CheckpointStore
-from hypersd_pipeline.training.cost import ideal_forwards
-from hypersd_pipeline.training.distillation import StageConfig
+from hypersd_pipeline.training.distillation import StageConfig, changed
 
 
 def stage(segments, weight=0.0, **more):
@@ -36,15 +40,26 @@ def stage(segments, weight=0.0, **more):
 
 TSCD = {8: stage(8), 4: stage(4), 2: stage(2, 0.5), 1: stage(1, 1.0)}
 BASELINES = {"TCD": (stage(1, offset_noise=0.0, pure_noise=False),)}
+ONE_STEP = OneStepConfig(
+    matching={"guidance": (3.0, 5.0), "regression_weight": 1.0, "consistency_weight": 1.0, "consistency_batch": 2, "time_input": 800},
+    pairs={"count": 4, "steps": 2},
+    lora={"rank": 2, "target_modules": ("to_q",)},
+    loop={"steps": 2, "batch_size": 4, "learning_rate": 0.01},
+)
+DMD2 = changed(ONE_STEP, matching={"regression_weight": 0.0, "consistency_weight": 0.0}, adversarial={"weight": 1.0, "hidden": 32})
+
+
+def planned(config):
+    return plan(config, TSCD, BASELINES, ONE_STEP, {"DMD2": DMD2})
 
 
 def test_cells_are_the_issue_s_and_cost_the_same():
     config = AblationConfig(budget=1400)
-    cells = plan(config, TSCD, BASELINES)
+    cells = planned(config)
     names = [cell.name for cell in cells]
-    assert len(names) == len(set(names)) == 13  # 8 chains, 4 single stages, a baseline
+    assert len(names) == len(set(names)) == 15  # 8 chains, 4 single stages, the chain with its one step, two baselines
     for cell in cells:
-        cost = sum(s.loop.steps * ideal_forwards(s, config.encoder_share) for s in cell.stages)
+        cost = sum(prepared_forwards(s) + s.loop.steps * step_forwards(s, config.encoder_share) for s in cell.stages)
         assert cost == pytest.approx(1400, rel=0.02), cell.name
     chosen = {cell.name: cell for cell in cells}
     plain = chosen["8-4-2-1 MSE, no offset noise, previous stage"].stages
@@ -52,14 +67,14 @@ def test_cells_are_the_issue_s_and_cost_the_same():
     assert {s.offset_noise for s in plain} == {0.0} and {s.adversarial.weight for s in plain} == {0.0}
     assert [s.adversarial.weight for s in chosen["8-4-2-1 hybrid"].stages] == [0.0, 0.0, 0.5, 1.0]
     assert {s.loop.seed for s in chosen["k=1 hybrid"].seeded(7).stages} == {7}
-    assert [c.name for c in plan(AblationConfig(budget=99, only=("TCD",)), TSCD, BASELINES)] == ["TCD"]
+    assert [c.name for c in planned(AblationConfig(budget=99, only=("TCD",)))] == ["TCD"]
 
 
 def test_refusals():
     with pytest.raises(UserError, match=r"ablation\.only: there is no cell 'TDC'; the cells are 8-4-2-1 hybrid"):
-        plan(AblationConfig(budget=99, only=("TDC",)), TSCD, BASELINES)
+        planned(AblationConfig(budget=99, only=("TDC",)))
     with pytest.raises(UserError, match=r"ablation\.budget: 3 forward passes do not pay for one step of '8-4-2-1 hybrid'"):
-        plan(AblationConfig(budget=3), TSCD, BASELINES)
+        planned(AblationConfig(budget=3))
     with pytest.raises(ValueError, match="add up to 1"):
         AblationConfig(budget=9, shares=(0.5, 0.5, 0.5, 0.5))
 
@@ -83,7 +98,7 @@ EVALUATION = EvaluationConfig(samples=6, batch_size=6, student_steps=(1, 2), tea
 
 def run(world, path, config, cells=None):
     teacher, latents, reference = world
-    cells = plan(config, TSCD, BASELINES) if cells is None else cells
+    cells = planned(config) if cells is None else cells
     return nodes.run_cells(cells, config, latents, teacher, reference, EVALUATION, CheckpointStore(path / "c"), RecordStore(path / "r"))
 
 
@@ -110,13 +125,32 @@ def test_runs_resumes_and_reports(world, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(results, again)
     assert set(results.model) == {"teacher", "8-4-2-1 hybrid", "TCD"}
     curve = pd.read_csv(tmp_path / "r" / "8-4-2-1_hybrid_seed_0.csv")
-    steps = sum(s.loop.steps for s in plan(config, TSCD, BASELINES)[0].stages)
+    steps = sum(s.loop.steps for s in planned(config)[0].stages)
     assert curve.step.max() == steps and curve.step.is_monotonic_increasing
     table, plot = report(results)
     assert "|8-4-2-1 hybrid|2|" in table and "|TCD|2|" in table and "### CLIP score" in table
     assert plot.width > 500
     other = run(world, tmp_path, AblationConfig(budget=150, seeds=(0,), only=("TCD",)))
     assert len(trained) == 13 and set(other.model) == {"teacher", "TCD"}  # another budget is another training
+
+
+def test_one_step_cells_run(world, tmp_path):
+    results = run(world, tmp_path, AblationConfig(budget=150, seeds=(0,), only=("Hyper-SD", "DMD2")))
+    assert set(results.model) == {"teacher", "Hyper-SD", "DMD2"}
+    assert (tmp_path / "r" / "pairs" / "Hyper_SD" / "pairs.safetensors").is_file() and not list(
+        (tmp_path / "r" / "pairs" / "DMD2").iterdir()
+    )
+
+
+FEEDBACK = FeedbackConfig(
+    judgement={"steps": 2, "gradient_steps": 1},
+    rewards=[{"reward": {"kind": "shipped_quality"}, "alpha": 2.0, "weight": 0.1}],
+    held_out={"kind": "shipped_quality"},
+    guard={"every": 2, "prompts": 2, "variants": 2},
+    lora={"rank": 2, "target_modules": ("to_q",)},
+    loop={"steps": 2, "batch_size": 2, "learning_rate": 0.01},
+    merge_weights=(1.0,),
+)
 
 
 def test_replicates_evaluate_each_stage_with_each_seed_and_resume(world, tmp_path):
@@ -128,17 +162,24 @@ def test_replicates_evaluate_each_stage_with_each_seed_and_resume(world, tmp_pat
 
     def once(seeds):
         places = CheckpointStore(tmp_path / "c"), RecordStore(tmp_path / "r")
-        return run_replicates(ReplicatesConfig(seeds=seeds), defaults, *stages, latents, teacher, reference, EVALUATION, *places)
+        later = FEEDBACK, ONE_STEP, changed(ONE_STEP, matching={"consistency_weight": 0.0})
+        data = Manifest.__new__(Manifest), None  # feedback without a perceptual model needs neither
+        return run_replicates(
+            ReplicatesConfig(seeds=seeds), defaults, *stages, *later, *data, latents, teacher, reference, EVALUATION, *places
+        )
 
     first = once((0,))
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").glob("*.json")}
     both = once((0, 1))
-    assert len(made) == 5 and {path: path.stat().st_mtime_ns for path in made} == made
-    assert list(dict.fromkeys(both.model)) == ["teacher", "k8", "k4", "k2", "k1"]
+    assert len(made) == 8 and {path: path.stat().st_mtime_ns for path in made} == made
+    assert list(dict.fromkeys(both.model)) == ["teacher", "k8", "k4", "k2", "k1", "feedback", "unified", "unet"]
     pd.testing.assert_frame_equal(first, both[both.seed == 0].reset_index(drop=True))
-    one, other = (both[(both.model == "k1") & (both.seed == s)].value for s in (0, 1))
-    assert not (one.to_numpy() == other.to_numpy()).all()
-    assert "|k1|2|" in report(both)[0]
+    for model in ("k1", "unified", "unet"):
+        one, other = (both[(both.model == model) & (both.seed == s)].value for s in (0, 1))
+        assert not (one.to_numpy() == other.to_numpy()).all()
+    assert "|unified|2|" in report(both)[0]
+    record = RecordStore(tmp_path / "r").path / "feedback_seed_0.json"
+    assert {"w_1.00/held_out_reward", "before/trained_reward"} <= set(json.loads(record.read_text())["record"])
 
 
 def test_intervals_by_hand():

@@ -26,7 +26,7 @@ from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 
 LORA = {"rank": 2, "target_modules": ("to_q", "to_v", "conv1")}
-LOOP = {"steps": 4, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "checkpoint_every": 2}
+LOOP = {"steps": 3, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "checkpoint_every": 2}
 DEFAULTS = TscdDefaults(guidance=(3.0, 5.0), lora=LORA, loop=LOOP)
 CONSISTENCY = StageOverrides(segments=1)
 GAN = {"weight": 0.5, "pair": False, "renoise": True, "hidden": 32}
@@ -34,15 +34,8 @@ QUALITY = {"reward": {"kind": "shipped_quality"}, "alpha": 100.0, "weight": 0.1}
 
 
 def one_step(matching=None, **more):
-    return OneStepConfig.model_validate(
-        {
-            "matching": {"guidance": (3.0, 3.0), **(matching or {})},
-            "lora": LORA,
-            "loop": LOOP,
-            "pairs": {"count": 6, "batch_size": 4},
-            **more,
-        }
-    )
+    shared = {"lora": LORA, "loop": LOOP, "pairs": {"count": 6, "batch_size": 4}}
+    return OneStepConfig.model_validate({**shared, "matching": {"guidance": (3.0, 3.0), **(matching or {})}, **more})
 
 
 def quiet(values, step):
@@ -202,7 +195,7 @@ def test_it_trains_with_and_without_start_and_consistency(world, start, tmp_path
     stage = one_step({"consistency_weight": consistency_weight, "consistency_batch": 2})
     trained, report = unified(world, tmp_path / "c", stage, start if started else None, lambda values, step: logged.append(values))
     terms = {"critic", "matching"} | ({"distance"} if consistency_weight else set())
-    assert len(logged) == 4 and terms == {"critic", "matching", "distance", "regression", "adversarial"} & set(logged[0])
+    assert len(logged) == 3 and terms == {"critic", "matching", "distance", "regression", "adversarial"} & set(logged[0])
     assert report["total_skipped_steps"] == 0 and report["ideal_forwards"] == pytest.approx(9 + 5 * 2 / 4 * consistency_weight)
     assert trained.rank == 2 and all(torch.isfinite(tensor).all() for tensor in trained.tensors.values())
     if started:
@@ -211,7 +204,7 @@ def test_it_trains_with_and_without_start_and_consistency(world, start, tmp_path
 
 
 def test_the_average_starts_from_the_start(world, start, tmp_path):
-    trained, _ = unified(world, tmp_path / "c", one_step(ema_decay=0.9999999), start)
+    trained, _ = unified(world, tmp_path / "c", one_step(ema_decay=0.9999999, loop={**LOOP, "steps": 1}), start)
     assert all(torch.allclose(trained.tensors[name], start.tensors[name], atol=1e-5) for name in start.tensors)
 
 
@@ -257,7 +250,7 @@ def test_unified_killed_and_resumed_equals_uninterrupted_bit_for_bit(world, star
     with pytest.raises(RuntimeError, match="went away"):
         unified(world, tmp_path / "parts", stage, start, dies)
     parts, _ = unified(world, tmp_path / "parts", stage, start, lambda values, step: steps.append(step))
-    assert steps == [3, 4] and same(whole.tensors, parts.tensors)
+    assert steps == [3] and same(whole.tensors, parts.tensors)
     one, other = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     for part in ("modules", "optimizers", "generator"):
         assert_same(one[part], other[part])
@@ -266,7 +259,7 @@ def test_unified_killed_and_resumed_equals_uninterrupted_bit_for_bit(world, star
 
 
 def test_another_consistency_loss_makes_the_checkpoint_stale(world, tmp_path):
-    stage, other = one_step({"consistency_weight": 1.0}), StageOverrides(segments=1, guidance=(9.0, 9.0))
+    stage, other = one_step({"consistency_weight": 1.0}, loop={**LOOP, "steps": 1}), StageOverrides(segments=1, guidance=(9.0, 9.0))
     first, _ = unified(world, tmp_path / "c", stage)
     second, _ = unified(world, tmp_path / "c", stage, consistency=other)
     assert lora_key(first) != lora_key(second)
@@ -290,8 +283,9 @@ def base_of(unet):
 
 def test_one_unet_is_resident_and_its_base_stays(world, start, tmp_path, monkeypatch):
     before, found, loaded = unets(), [], remembered(monkeypatch)
-    unified(world, tmp_path / "c", one_step(**ALL), start, lambda values, step: found.append(len(unets() - before)))
-    assert found == [1] * 4
+    stage = one_step(**ALL, loop={**LOOP, "log_every": 3})
+    unified(world, tmp_path / "c", stage, start, lambda values, step: found.append(len(unets() - before)))
+    assert found == [1]
     assert same(base_of(loaded[0].unet), load_teacher(world[0], parts=("unet",)).unet.state_dict())
 
 
@@ -302,7 +296,7 @@ def decodings(world, path, monkeypatch, **more):
     def stream(values, step):
         logged.append(values)
         if step == 1:
-            loaded[-1].vae.decoder.register_forward_hook(lambda *_: calls.append(1))
+            loaded[-1].vae.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
 
     stage = one_step({}, rewards=[QUALITY], loop={**LOOP, "steps": 2}, **more)
     trained, _ = unified(world, path, stage, stream=stream)
@@ -325,9 +319,8 @@ def test_decode_checkpointing_decodes_once_more(world, tmp_path, monkeypatch):
 def test_gradient_checkpointing_trains_the_same_lora(world, start, tmp_path):
     """With the consistency loss, whose graph stays open while critic and teacher compute."""
     short = {**LOOP, "steps": 1}
-    plain, saved = (
-        unified(world, tmp_path / str(i), one_step(**ALL, loop=short, gradient_checkpointing=bool(i)), start)[0] for i in (0, 1)
-    )
+    stages = [one_step(**ALL, loop=short, gradient_checkpointing=value) for value in (False, True)]
+    plain, saved = (unified(world, tmp_path / str(i), stage, start)[0] for i, stage in enumerate(stages))
     assert all(torch.allclose(plain.tensors[name], saved.tensors[name], atol=1e-5) for name in plain.tensors)
     assert not any(torch.equal(plain.tensors[name], start.tensors[name]) for name in plain.tensors)
 
@@ -408,11 +401,20 @@ def test_every_weight_of_the_unet_is_trained(world, start, one_step_unet):
     assert one_step_unet[2]["total_skipped_steps"] == 0 and one_step_unet[2]["ideal_forwards"] == pytest.approx(10)
 
 
+def test_the_unet_starts_from_the_merged_start(world, start, tmp_path):
+    write, _ = dedicated(world, tmp_path / "c", start, loop={**LOOP, "steps": 1}, ema_decay=0.9999999)
+    trained = written(write, tmp_path / "unet").state_dict()
+    merged_in, plain = (merged(world, *loras).unet.state_dict() for loras in ([(start, 1.0)], []))
+    assert all(torch.allclose(trained[name], merged_in[name], atol=1e-5) for name in trained)
+    assert any(not torch.allclose(merged_in[name], plain[name], atol=1e-3) for name in trained)
+
+
 def test_the_teacher_stays_while_the_unet_is_trained(world, tmp_path, monkeypatch):
     loaded, before, found = remembered(monkeypatch), unets(), []
-    dedicated(world, tmp_path / "c", stream=lambda values, step: found.append(len(unets() - before)))
+    loop = {**LOOP, "learning_rate": 1e-3, "log_every": 3}
+    dedicated(world, tmp_path / "c", stream=lambda values, step: found.append(len(unets() - before)), loop=loop)
     assert same(base_of(loaded[0].unet), load_teacher(world[0], parts=("unet",)).unet.state_dict())
-    assert found == [3] * 4  # student, average, and the teacher with the critic
+    assert found == [3]  # student, average, and the teacher with the critic
 
 
 def one_step_here(world, unet, noise):
@@ -443,7 +445,7 @@ def test_the_evaluation_samples_the_unet_as_diffusers(world, one_step_unet):
     prompts, timesteps = tiny.CAPTIONS[:2], Contract(1, only=contract["timesteps"][0]).timesteps(1, 1000)
     seen = []
     decode, model.decode = model.decode, lambda latents: seen.append(latents) or decode(latents)
-    list(generate(model, model.encode_prompts(prompts), timesteps, seed=3, batch_size=2))
+    list(generate(model, model.encode_prompts(prompts), timesteps, seed=3, batch_size=2, to_clean=True))
     torch.testing.assert_close(seen[0], one_step_here(world, unet, prompt_noise(range(2), (4, 8, 8), 3)), rtol=1e-3, atol=1e-3)
 
 
@@ -464,7 +466,7 @@ def test_unet_killed_and_resumed_equals_uninterrupted_bit_for_bit(world, start, 
         dedicated(world, tmp_path / "c", start, dies)
     steps = []
     write, _ = dedicated(world, tmp_path / "c", start, lambda values, step: steps.append(step))
-    assert steps == [3, 4] and same(written(write, tmp_path / "unet").state_dict(), one_step_unet[0].state_dict())
+    assert steps == [3] and same(written(write, tmp_path / "unet").state_dict(), one_step_unet[0].state_dict())
 
 
 def test_the_unet_takes_all_terms(world, start, tmp_path):

@@ -39,6 +39,7 @@ def sample_ddim(
     guidance_scale: float = 1.0,
     eta: float = 0.0,
     noise: Callable[[int], Tensor] | None = None,
+    to_clean: bool = False,
 ) -> Tensor:
     """DDIM along falling ``timesteps``; the last step goes to the clean end ``abar[0]`` (``set_alpha_to_one=False``).
 
@@ -48,6 +49,7 @@ def sample_ddim(
         uncond: batch of one or of ``b``; needed where ``guidance_scale`` is not 1.
         eta: TCDScheduler's (gamma of arXiv 2402.19159), not DDIM's: each step but the last goes on to ``floor((1 - eta) s)`` and is
             noised back up to ``s``. 1 is LCM's sampling, 0 is DDIM.
+        to_clean: end with the clean sample that the last call sees, as LCMScheduler does, not at ``abar[0]``.
         noise: step index -> noise ``[b, c, h, w]``; needed where ``eta`` is not 0.
 
     Returns:
@@ -63,6 +65,8 @@ def sample_ddim(
     for i, (t, s) in enumerate(zip(timesteps.tolist(), [*timesteps[1:].tolist(), 0], strict=True)):
         at = torch.full((len(x),), t, device=x.device)
         x0, eps = to_x0_eps(denoiser(x, at, cond), x, at, schedule, prediction_type)
+        if to_clean and i == len(timesteps) - 1:
+            return x0.to(x_T.dtype)
         low = math.floor((1 - eta) * s)
         x = ddim(x0, eps, torch.full_like(at, low), schedule).to(x_T.dtype)
         if low < s and noise is not None:

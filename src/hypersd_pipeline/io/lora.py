@@ -22,7 +22,7 @@ tags: [lora, hyper-sd, few-step]
 ---
 # {name}
 
-A LoRA for {steps}-step sampling without classifier-free guidance, trained on `{teacher}`.
+A LoRA for {sampled} sampling without classifier-free guidance, trained on `{teacher}`.
 {contract}
 ```python
 from diffusers import {scheduler}, DiffusionPipeline
@@ -31,7 +31,7 @@ pipeline = DiffusionPipeline.from_pretrained("{teacher}")  # the model that this
 pipeline.load_lora_weights("path/to/{name}")
 pipeline.fuse_lora()
 pipeline.scheduler = {scheduler}.from_pretrained("path/to/{name}")
-image = pipeline("a prompt", num_inference_steps={steps}, guidance_scale={pipeline_guidance}{eta}).images[0]
+image = pipeline("a prompt", num_inference_steps={steps}, guidance_scale={pipeline_guidance}{eta}{timesteps}).images[0]
 ```
 """
 
@@ -57,11 +57,13 @@ def model_card(name: str, metadata: dict[str, str]) -> str:
     return _CARD.format(
         name=name,
         steps=contract.get("steps", 4),
+        sampled="one- to eight-step" if contract.get("timestep_spacing") == "tcd" else f"{contract.get('steps', 4)}-step",
         teacher="src/hypersd_pipeline/assets/teacher" if teacher == "shipped" else teacher,
         contract="\n".join(["", "| sampling | |", "|-|-|", *rows, ""]),
         scheduler=contract.get("scheduler", "DDIMScheduler"),
         pipeline_guidance=guidance if guidance > 1 else 0,  # diffusers turns guidance off for any value up to 1
         eta=f", eta={contract['eta']}" if "eta" in contract else "",
+        timesteps=f", timesteps={contract['one_step_timesteps']}" if "one_step_timesteps" in contract else "",  # steps is 1 then
     )
 
 

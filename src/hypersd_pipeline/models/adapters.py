@@ -65,7 +65,7 @@ class AdaptedUNet:
                 _add_adapter(unet, config, self.names[0])
             except ValueError as error:
                 raise UserError(
-                    f"tscd.lora.target_modules: {list(target_modules)} match no module of the UNet; use names such as to_q, to_v."
+                    f"lora.target_modules: {list(target_modules)} match no module of the UNet; use names such as to_q, to_v."
                 ) from error
             for name in (*names[1:], *fresh_names):
                 _add_adapter(unet, config, name)
@@ -143,12 +143,12 @@ class AdaptedUNet:
         given = lora.modules()
         if lora.rank != rank:
             raise UserError(
-                f"tscd.lora.rank: {rank} differs from the previous stage's LoRA, which has rank {lora.rank}; use one rank in all stages."
+                f"lora.rank: {rank} differs from the previous stage's LoRA, which has rank {lora.rank}; use one rank in all stages."
             )
         if set(given) != set(self._layer_names):
             odd = sorted(set(given) ^ set(self._layer_names))[0]
             raise UserError(
-                f"tscd.lora.target_modules: the previous stage's LoRA has other modules ({odd} is in one only); use one list in all stages."
+                f"lora.target_modules: the previous stage's LoRA has other modules ({odd} is in one only); use one list in all stages."
             )
         for module, a, b in self._pairs(name):
             a.data.copy_(given[module][0])

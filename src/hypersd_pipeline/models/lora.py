@@ -65,18 +65,22 @@ class Contract:
 
     Attributes:
         steps: its own number. eta: TCDScheduler's; 0 is DDIM. grid: of timesteps; ``tcd`` is TCDScheduler's own.
-        only: the one time input of a one-step model that is told another than ``T - 1`` (LCMScheduler's ``timesteps=[800]``).
+        first: the one timestep of one-step sampling, where it is not ``T - 1`` (``timesteps=[800]``); more steps have their grid.
+        only: the same for a model that knows no other step (the dedicated UNet, with LCMScheduler).
     """
 
     steps: int
     eta: float = 0.0
     grid: Grid = "trailing"
+    first: int | None = None
     only: int | None = None
 
     def timesteps(self, steps: int, num_train_timesteps: int) -> Tensor:
         """The falling grid of so many steps, int64 ``[steps]``."""
         if self.only is not None:
             return torch.tensor([self.only])
+        if self.first is not None and steps == 1:
+            return torch.tensor([self.first])
         return {"trailing": trailing_timesteps, "tcd": tcd_timesteps}[self.grid](steps, num_train_timesteps)
 
     def to_json(self, schedule_config: dict[str, Any], prediction_type: str) -> str:
@@ -96,6 +100,7 @@ class Contract:
             "steps": self.steps,
             "guidance_scale": 1.0,
             **({"timestep_spacing": self.grid, "eta": self.eta} if self.only is None else {"timesteps": [self.only]}),
+            **({} if self.first is None else {"one_step_timesteps": [self.first]}),
         }
         return json.dumps(contract, sort_keys=True)
 
@@ -110,6 +115,7 @@ class Contract:
             contract = json.loads(lora.metadata["sampling_contract"])
             steps, guidance = int(contract["steps"]), float(contract["guidance_scale"])
             eta, grid = float(contract.get("eta", 0.0)), str(contract.get("timestep_spacing", "trailing"))
+            first, only = (int(contract[name][0]) if name in contract else None for name in ("one_step_timesteps", "timesteps"))
         except (KeyError, ValueError, TypeError) as error:
             raise UserError("LoRA: its metadata has no readable sampling_contract; train it again with this project.") from error
         if guidance > 1:
@@ -117,7 +123,7 @@ class Contract:
                 f"LoRA: its sampling_contract asks for guidance_scale {guidance}, few-step LoRAs are evaluated without; train it "
                 f"again with this project."
             )
-        return cls(steps, eta, "tcd" if grid == "tcd" else "trailing")
+        return cls(steps, eta, "tcd" if grid == "tcd" else "trailing", first, only)
 
 
 def lora_key(lora: LoRA | None) -> str | None:

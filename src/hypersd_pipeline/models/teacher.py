@@ -74,7 +74,6 @@ class Teacher:
         self.prediction_type: PredictionType = _prediction_type(config, scheduler)
         self.schedule = Schedule.from_config(scheduler)
         self._scheduler = scheduler
-        self._scheduler = scheduler
         self.latent_channels, self.latent_size, self.resolution = _latent_shape(config, unet, vae)
         self.scaling_factor = float(vae.get("scaling_factor", 0.18215))
         self.config = config.model_copy(

@@ -29,7 +29,8 @@ class CriticConfig(Strict):
     """The network that learns what the student makes; an adapter on the frozen teacher, which it starts as.
 
     Attributes:
-        updates: of the critic for each of the student, all on that update's samples, with new noise and times.
+        updates: of the critic for each pass of the student (with gradient accumulation an update has several passes), all on that pass's
+            samples, with new noise and times.
         learning_rate, betas: of its AdamW. max_grad_norm: clipping.
     """
 
@@ -43,8 +44,12 @@ class MatchingConfig(Strict):
     """What the student is matched to, and how the terms are weighed.
 
     Attributes:
-        time_input: what the student is told about pure noise: 999 for a LoRA that keeps its other steps, 800 for the dedicated UNet.
+        time_input: what the student is told about pure noise. An eps model's error is multiplied by ``sigma / alpha``: 14.6 at the paper's
+            999 for the LoRA, 5.1 at its 800 for the dedicated UNet. A LoRA that is told another than T - 1 needs it at one step
+            (``timesteps=[800]``), and has its usual grid at more.
         matching_weight: of the distribution-matching gradient; 0 leaves critic and real score out.
+        matching_batch: samples of a pass that are matched, and that the critic learns from; None: all. Matching costs several times what
+            the student does, regression nothing.
         guidance: range of the teacher's scale in the real score, drawn uniformly per sample.
         renoise: share of T between which the student's samples are noised again to be judged.
         critic: see `CriticConfig`.
@@ -54,6 +59,7 @@ class MatchingConfig(Strict):
 
     time_input: int = Field(default=999, ge=1)
     matching_weight: float = Field(default=1.0, ge=0)
+    matching_batch: int | None = Field(default=None, ge=1)
     guidance: tuple[float, float]
     renoise: tuple[float, float] = (0.02, 0.98)
     critic: CriticConfig = CriticConfig()
@@ -165,10 +171,11 @@ class MatchingStep:
         leaf = samples.detach().requires_grad_()
         terms, scalars = [], {}
         if self.critic is not None:
-            scalars["critic"] = self.critic.update(leaf, batch.cond, generator)
-            toward = self._matching(self.critic, leaf.detach(), batch, generator)
+            some = slice(0, self.config.matching_batch)
+            scalars["critic"] = self.critic.update(leaf[some], batch.cond[some], generator)
+            toward = self._matching(self.critic, leaf[some].detach(), batch.cond[some], batch.uncond[some], generator)
             scalars["matching"] = toward.square().mean().sqrt()
-            terms.append(self.config.matching_weight * dmd.matching_loss(leaf, toward))
+            terms.append(self.config.matching_weight * dmd.matching_loss(leaf[some], toward))
         if batch.target is not None:
             distance = (leaf - batch.target.to(leaf)).square().mean()
             scalars["regression"] = distance.detach()
@@ -178,19 +185,20 @@ class MatchingStep:
         value = sum(terms, torch.zeros((), device=leaf.device))
         gradient = torch.autograd.grad(value, leaf)[0] if terms else torch.zeros_like(leaf)
         if self.adversary is not None and batch.real is not None:
-            gradient = gradient + self._adversarial(self.adversary, leaf, batch, gradient, generator, scalars)
+            loss, toward = self._adversarial(self.adversary, leaf, batch, gradient, generator, scalars)
+            value, gradient = value + loss, gradient + toward
         self.ready()
         return carry(samples, gradient, value), scalars
 
-    def _matching(self, critic: Critic, samples: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    def _matching(self, critic: Critic, samples: Tensor, cond: Conditioning, uncond: Conditioning, generator: torch.Generator) -> Tensor:
         """``(p_real - p_fake) / mean|p_real|`` at the student's samples; no graph."""
         with torch.no_grad():
             t = dmd.sample_renoise_timesteps(len(samples), self.schedule, generator, *self.config.renoise).to(samples.device)
             x_t = add_noise(samples, torch.randn(samples.shape, generator=generator).to(samples), t, self.schedule)
             low, high = self.config.guidance
             scale = (low + (high - low) * torch.rand(len(samples), generator=generator)).to(samples).view(-1, 1, 1, 1)
-            real, _ = to_x0_eps(guided_denoiser(self.teacher, batch.uncond, scale)(x_t, t, batch.cond), x_t, t, *self.prediction)
-            fake, _ = to_x0_eps(critic.denoiser(x_t, t, batch.cond), x_t, t, *self.prediction)
+            real, _ = to_x0_eps(guided_denoiser(self.teacher, uncond, scale)(x_t, t, cond), x_t, t, *self.prediction)
+            fake, _ = to_x0_eps(critic.denoiser(x_t, t, cond), x_t, t, *self.prediction)
             return dmd.matching_gradient(samples, real, fake)
 
     def _adversarial(
@@ -201,15 +209,16 @@ class MatchingStep:
         others: Tensor,
         generator: torch.Generator,
         scalars: dict[str, Tensor],
-    ) -> Tensor:
-        """DMD2's GAN term: samples against data, both noised to a shared time; weighed against the other terms' gradient."""
+    ) -> tuple[Tensor, Tensor]:
+        """DMD2's GAN term, samples against data, both noised to a shared time: the weighed loss and gradient."""
         assert batch.real is not None
         clean = torch.zeros(len(leaf), dtype=torch.int64, device=leaf.device)
         loss, judged = adversary.judge(leaf, clean, leaf, batch.real.to(leaf), clean, batch.cond, generator)
         scalars.update(judged)
         scalars["adversarial"] = loss.detach()
         (toward,) = torch.autograd.grad(loss, leaf)
-        return adversary.config.weight * (balanced(toward, others) if adversary.config.balance else toward)
+        weight = adversary.config.weight
+        return weight * loss.detach(), weight * (balanced(toward, others) if adversary.config.balance else toward)
 
     def _feedback(self, leaf: Tensor, prompts: Sequence[str], scalars: dict[str, Tensor]) -> Tensor:
         assert self.decode is not None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.data.cache import LatentCache
@@ -96,12 +97,14 @@ def unify(
     student = adapters.parameters("student")
     setup = _Setup(stage, model, adapters, latents, accelerator, _pairs(stage, pairs, latents, model, start))
     step = setup.step(adapters.denoiser("student"), ready=lambda: adapters.use("student"))
-    kept = _consistency(consistency, stage, adapters, latents, model, accelerator)
+    mixed = _mixed(consistency, stage)
+    kept = None if mixed is None else _consistency(mixed, adapters, latents, model, accelerator)
     report = _train(
         setup, "unified", student, setup.fed_to(step, kept), {"adapters": adapters}, latents, start, checkpoints, metric_stream,
-        after_update=lambda: ema_update(adapters.parameters("ema"), student, stage.ema_decay),
+        after_update=lambda: ema_update(adapters.parameters("ema"), student, stage.ema_decay), mixed=mixed,
     )  # fmt: skip
-    contract = Contract(1, stage.sampling_eta, "tcd")
+    last, told = model.schedule.num_train_timesteps - 1, stage.matching.time_input
+    contract = Contract(1, stage.sampling_eta, "tcd", first=None if told == last else told)
     metadata = {**_metadata(model, latents), "sampling_contract": contract.to_json(model.scheduler_config(), model.prediction_type)}
     return adapters.export("ema", metadata), report
 
@@ -190,8 +193,12 @@ class _Setup:
             critic=self.critic,
             adversary=self.adversary,
             rewards=[RewardTerm(load_reward(term.reward, model.device), term.alpha, term.weight) for term in stage.rewards],
-            decode=functools.partial(model.decode, clip=False),
+            decode=self._decode,
         )
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        decode = functools.partial(self.model.decode, clip=False)
+        return checkpoint(decode, latents, use_reentrant=False) if self.stage.decode_checkpointing else decode(latents)  # type: ignore[no-any-return]
 
     def fed_to(self, step: MatchingStep, kept: Callable[[torch.Generator], Loss] | None = None) -> Callable[[torch.Generator], Loss]:
         """The loss as the loop calls it; ``kept`` is the consistency loss that is mixed in."""
@@ -239,17 +246,20 @@ def _train(
     checkpoints: CheckpointStore,
     metric_stream: MetricStream,
     after_update: Callable[[], None],
+    mixed: StageConfig | None = None,
 ) -> dict[str, float]:
+    """Run the loop; the key holds all that the weights depend on, ``mixed`` (the consistency stage) too."""
     stage, model, adversary = setup.stage, setup.model, setup.adversary
     batch = setup.draw(torch.Generator().manual_seed(0))
     own = {**stage.model_dump(mode="json", exclude={"feedback_weight", "sampling_eta"}), "loop": stage.loop.identity()}
+    base = [model.content_hash("unet"), model.prediction_type, model.config.dtype, model.scheduler_config()]
     report = train(
         name,
         parameters=parameters,
         loss_fn=loss_fn,
         config=stage.loop,
         state={**state, **setup.state()},
-        key=fingerprint(name, own, latents.key, model.content_hash("unet"), model.prediction_type, model.config.dtype, lora_key(start)),
+        key=fingerprint(name, own, mixed and mixed.model_dump(mode="json"), latents.key, base, lora_key(start)),
         checkpoints=checkpoints,
         metrics=metric_stream,
         accelerator=setup.accelerator,
@@ -258,18 +268,23 @@ def _train(
         watch=(lambda values, done: None) if adversary is None else adversary.watch,
         constants=measure_forward(setup.adapters, batch.z, batch.cond, setup.accelerator.autocast),
     )
-    return with_matching_cost(report, stage.matching, adversarial=adversary is not None, full=name != "unified", loop=stage.loop)
+    return with_matching_cost(
+        report, stage.matching, stage.loop, adversarial=adversary is not None, full=name != "unified", again=stage.gradient_checkpointing
+    )
 
 
-def _consistency(
-    config: StageConfig | None, stage: OneStepConfig, adapters: AdaptedUNet, latents: LatentCache, model: Teacher, accelerator: Accelerator
-) -> Callable[[torch.Generator], Loss] | None:
-    """TSCD's loss with one segment, squared error alone, on batches of its own; None where its weight is 0."""
+def _mixed(config: StageConfig | None, stage: OneStepConfig) -> StageConfig | None:
+    """The TSCD stage whose loss is mixed in: squared error alone, on batches of its own; None where its weight is 0."""
     if not stage.matching.consistency_weight:
         return None
     assert config is not None
     loop = {"batch_size": stage.matching.consistency_batch * stage.loop.accumulate, "accumulate": stage.loop.accumulate}
-    config = changed(config, teacher="base", mse_weight=1.0, adversarial={"weight": 0.0}, loop=loop)
+    return changed(config, teacher="base", mse_weight=1.0, adversarial={"weight": 0.0}, loop=loop)
+
+
+def _consistency(
+    config: StageConfig, adapters: AdaptedUNet, latents: LatentCache, model: Teacher, accelerator: Accelerator
+) -> Callable[[torch.Generator], Loss]:
     step = DistillationStep(adapters, config, model.schedule, model.prediction_type, accelerator.device)
     return Batches(latents, config, accelerator).fed_to(step)
 

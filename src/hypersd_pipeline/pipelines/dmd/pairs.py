@@ -54,10 +54,10 @@ def read_pairs(folder: Path, key: str) -> Pairs:
     """
     path = folder / FILE
     if not path.is_file():
-        raise UserError(f"{path} is missing; run the node that makes it (kedro run --pipelines dmd --to-nodes dmd.pairs).")
+        raise UserError(f"{path} is missing; run the stage from its node 'pairs' on.")
     with safe_open(path, framework="pt") as file:
         if (file.metadata() or {}).get("key") != key:
-            raise UserError(f"{path} was made with another model or other settings; run its node again (kedro run --nodes dmd.pairs).")
+            raise UserError(f"{path} was made with another model or other settings; run the stage from its node 'pairs' on.")
         return Pairs(*(file.get_tensor(name) for name in ("noise", "target", "rows")))
 
 

@@ -95,6 +95,7 @@ class Bench:
             uncond=uncond,
             guidance_scale=guidance_scale,
             eta=contract.eta,
+            to_clean=contract.only is not None,
         )
         shown: list[Image.Image] = []
         scores = self.scorer.score_all(_watched(batches, shown, self.config.grid_prompts))

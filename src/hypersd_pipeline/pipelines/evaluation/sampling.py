@@ -30,11 +30,12 @@ def generate(
     uncond: Conditioning | None = None,
     guidance_scale: float = 1.0,
     eta: float = 0.0,
+    to_clean: bool = False,
 ) -> Iterator[Tensor]:
     """Sample one picture per prompt, batch by batch, with DDIM or, for an ``eta`` above 0, as TCDScheduler does.
 
     Args:
-        timesteps: int64, falling. cond: of ``n`` prompts; ``uncond``: of one, needed for guidance.
+        timesteps: int64, falling. to_clean: see `sample_ddim`. cond: of ``n`` prompts; ``uncond``: of one, needed for guidance.
 
     Yields:
         ``[b, 3, r, r]`` in [0, 1], float32.
@@ -51,7 +52,7 @@ def generate(
         with torch.inference_mode():
             latents = sample_ddim(
                 denoiser, x_T, cond[slice(indices.start, indices.stop)], timesteps, teacher.schedule, teacher.prediction_type,
-                uncond=uncond, guidance_scale=guidance_scale, eta=eta, noise=noise,
+                uncond=uncond, guidance_scale=guidance_scale, eta=eta, noise=noise, to_clean=to_clean,
             )  # fmt: skip
             images = teacher.decode(latents)
         yield images
