@@ -54,6 +54,7 @@ class MethodConfig(Strict):
         ema_decay: mu of the averaged student, which is also what is exported.
         gradient_checkpointing: less memory for one more forward pass.
         sampling_eta: of the sampling contract, TCDScheduler's; 0 is DDIM, 1 is LCM's sampling.
+        sampling_first: of the sampling contract: the timestep that one step is told, where it is not T - 1.
     """
 
     solver_points: int = Field(default=40, ge=1)
@@ -70,6 +71,7 @@ class MethodConfig(Strict):
     ema_decay: float = Field(default=0.95, ge=0, lt=1)
     gradient_checkpointing: bool = False
     sampling_eta: float = Field(default=0.0, ge=0, le=1)
+    sampling_first: int | None = Field(default=None, ge=1)
     lora: LoraConfig
     loop: LoopConfig
 

@@ -23,6 +23,7 @@ class AblationConfig(Strict):
         shares: of the budget, for the stages of a chain with 8, 4, 2 and 1 segments.
         one_step_share: of the budget, for the one-step stage of the cell that has all of Hyper-SD's stages; the others get the rest.
         sampling_eta: of the sampling of the TSCD cells, whose last stage is TCD's too and is sampled as TCD is.
+        sampling_first: the timestep that one step is told in every cell, or null for T - 1; an eps model prefers a smaller one.
         encoder_share: what the encoder and mid block cost of a forward pass; a constant, so that a second run plans the same steps.
         seeds: each cell is trained once with each, seed by seed.
         only: names of the cells to run; null runs all.
@@ -32,6 +33,7 @@ class AblationConfig(Strict):
     shares: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.4)
     one_step_share: float = Field(default=0.5, gt=0, lt=1)
     sampling_eta: float = Field(default=0.3, ge=0, le=1)
+    sampling_first: int | None = Field(default=None, ge=1)
     encoder_share: float = Field(default=0.4, gt=0, le=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     only: tuple[str, ...] | None = None
@@ -104,7 +106,10 @@ def _within_budget(cell: Cell, config: AblationConfig) -> tuple[StageConfig | On
     chain = config.shares if config.shares and len(cell.stages) >= 4 else (1.0,)
     rest = 1 - config.one_step_share
     shares = (*(share * rest for share in chain), config.one_step_share) if len(cell.stages) == 5 else chain
-    return tuple(_paid(stage, config.budget * share, cell.name, config) for stage, share in zip(cell.stages, shares, strict=True))
+    paid = [_paid(stage, config.budget * share, cell.name, config) for stage, share in zip(cell.stages, shares, strict=True)]
+    if isinstance(paid[-1], StageConfig):  # a one-step stage is sampled as it was trained
+        paid[-1] = changed(paid[-1], sampling_first=config.sampling_first)
+    return tuple(paid)
 
 
 def _paid(stage: StageConfig | OneStepConfig, forwards: float, cell: str, config: AblationConfig) -> StageConfig | OneStepConfig:

@@ -118,11 +118,12 @@ def _forward_cost(adapters: AdaptedUNet, batches: Batches, accelerator: Accelera
 def _key(config: StageConfig, model: Teacher, latents: LatentCache, previous: LoRA | None) -> str:
     """What the stage's weights depend on."""
     teacher = [model.content_hash("unet"), model.prediction_type, model.config.dtype, model.scheduler_config()]
-    return fingerprint({**config.model_dump(mode="json"), "loop": config.loop.identity()}, latents.key, teacher, lora_key(previous))
+    own = config.model_dump(mode="json", exclude={"sampling_eta", "sampling_first"})
+    return fingerprint({**own, "loop": config.loop.identity()}, latents.key, teacher, lora_key(previous))
 
 
 def _metadata(config: StageConfig, model: Teacher, latents: LatentCache) -> dict[str, str]:
-    scheduler = model.scheduler_config()
+    contract = Contract(config.segments, config.sampling_eta, first=config.sampling_first)
     return {
         "method": f"consistency distillation with {config.segments} segments (Hyper-SD, arXiv 2404.13686)",
         "segments": str(config.segments),
@@ -130,5 +131,5 @@ def _metadata(config: StageConfig, model: Teacher, latents: LatentCache) -> dict
         "teacher_unet_sha256": model.content_hash("unet"),
         "data_key": latents.key,
         "data_rows": latents.parts["rows"],
-        "sampling_contract": Contract(config.segments, config.sampling_eta).to_json(scheduler, model.prediction_type),
+        "sampling_contract": contract.to_json(model.scheduler_config(), model.prediction_type),
     }
