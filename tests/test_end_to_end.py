@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, TCDScheduler
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -65,15 +65,18 @@ def smoke(project: Path, run: Run) -> Path:
 
 
 def test_the_run_leaves_loras_grids_and_results(smoke):
-    for k in (8, 4, 2, 1):
-        assert {path.name for path in (smoke / "data/06_models" / f"lora_k{k}").iterdir()} == {
+    for name in ("k8", "k4", "k2", "k1", "feedback", "unified"):
+        assert {path.name for path in (smoke / "data/06_models" / f"lora_{name}").iterdir()} == {
             "pytorch_lora_weights.safetensors",
             "scheduler_config.json",
             "README.md",
         }
     with Image.open(smoke / "data/08_reporting/results_grid.png") as grid:
         assert grid.width > 6 * 32
-    assert "k1" in (smoke / "data/08_reporting/results.md").read_text()
+    table = (smoke / "data/08_reporting/results.md").read_text()
+    rows = [("teacher", 1), ("k1", 1), ("feedback", 4), *(("unified", n) for n in (1, 2, 4, 8)), ("unet", 1)]
+    assert all(f"|{model}|{steps}|" in table for model, steps in rows)
+    assert (smoke / "data/06_models/lora_with_feedback/w_1.00").is_dir() and (smoke / "data/08_reporting/plot_feedback.png").exists()
 
 
 def test_diffusers_samples_from_a_lora_as_its_card_says(smoke):
@@ -94,17 +97,45 @@ def test_diffusers_samples_from_a_lora_as_its_card_says(smoke):
     assert torch.isfinite(after).all() and not torch.equal(before, after)
 
 
-def test_mlflow_has_a_run_with_four_stages_that_compare(smoke):
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_diffusers_draws_with_the_unified_lora_what_we_measure(smoke, steps):
+    from hypersd_pipeline.io import LoRADataset
+    from hypersd_pipeline.models.lora import Contract, merge_lora
+    from hypersd_pipeline.models.teacher import SHIPPED, TeacherConfig, load_teacher
+    from hypersd_pipeline.pipelines.evaluation.sampling import generate, prompt_noise
+
+    folder, prompts = (
+        smoke / "data/06_models/lora_unified",
+        ["a red apple on the left, blue background", "a cat in the centre, green background"],
+    )
+    teacher, lora = load_teacher(TeacherConfig(source="shipped")), LoRADataset(filepath=str(folder)).load()
+    contract, noise = Contract.of(lora), prompt_noise(range(2), (16, 8, 8), seed=0)
+    merge_lora(teacher.unet, lora)
+    cond, timesteps = teacher.encode_prompts(prompts), contract.timesteps(steps, 1000)
+    (ours,) = generate(teacher, cond, timesteps, seed=0, batch_size=2)
+    pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(folder))
+    pipeline.scheduler = TCDScheduler.from_pretrained(folder)
+    more = {"timesteps": timesteps.tolist()} if steps == 1 else {"num_inference_steps": steps}
+    theirs = pipeline(prompts, latents=noise, guidance_scale=0, eta=0.0, output_type="pt", **more).images
+    assert torch.allclose(ours, theirs.float(), atol=1e-3)
+
+
+def test_mlflow_has_a_run_with_a_nested_run_for_each_stage(smoke):
     client = MlflowClient(f"sqlite:///{smoke / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("hypersd")
     runs = {found.info.run_name: found for found in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"full_distill (smoke)", "tscd_k8", "tscd_k4", "tscd_k2", "tscd_k1"}
+    assert set(runs) == {"full_distill (smoke)", *(f"tscd_k{k}" for k in (8, 4, 2, 1)), "feedback", "dmd", "one_step_unet"}
     assert {found.info.status for found in runs.values()} == {"FINISHED"}
-    parent, stages = runs["full_distill (smoke)"], [found for name, found in runs.items() if name.startswith("tscd")]
+    parent, stages = runs["full_distill (smoke)"], [found for name, found in runs.items() if name != "full_distill (smoke)"]
     assert parent.data.tags["data_hash"] and len({found.data.tags["data_hash"] for found in stages}) == 1
     assert all(found.data.metrics.keys() >= {"loss", "images_per_second", "peak_memory_mb"} for found in stages)
-    assert any(name.startswith("tscd_k1/clip_score") for name in parent.data.metrics)
-    assert {path.path for path in client.list_artifacts(stages[0].info.run_id)} & {"lora_k8", "lora_k4", "lora_k2", "lora_k1"}
+    for stage in ("tscd_k1", "dmd", "one_step_unet"):
+        assert any(name.startswith(f"{stage}/clip_score") for name in parent.data.metrics)
+    made = {"lora_k8", "lora_k4", "lora_k2", "lora_k1", "lora_feedback", "lora_unified", "one_step_unet"}
+    logged = {path.path for found in stages for path in client.list_artifacts(found.info.run_id)}
+    assert made <= logged
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +168,8 @@ def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes
     again = run("dvc", "repro").stdout
     before = ("data_prep", "reference", "tscd_k8", "evaluate_k8", "tscd_k4", "evaluate_k4")
     assert [name for name in before if f"Running stage '{name}'" in again] == []
-    assert all(f"Running stage '{name}'" in again for name in ("tscd_k2", "evaluate_k2", "tscd_k1", "evaluate_k1", "evaluation"))
+    after = ("tscd_k2", "evaluate_k2", "tscd_k1", "evaluate_k1", "feedback", "dmd", "one_step_unet", "evaluate_unet", "evaluation")
+    assert all(f"Running stage '{name}'" in again for name in after)
     assert "up to date" in run("dvc", "repro").stdout
 
     run("dvc", "remote", "add", "--local", "--default", "folder", str(tmp_path / "remote"))
@@ -164,4 +196,6 @@ def test_a_baseline_and_the_ablation_run_on_the_same_data(smoke, run):
     cell = next(r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == "8-4-2-1 hybrid seed 0")
     assert cell.info.status == "FINISHED" and "clip_score/4_steps" in cell.data.metrics and "loss" in cell.data.metrics
     again = run("kedro", "run", "--env", "smoke", "--pipelines", "ablation")
+    run("kedro", "run", "--env", "smoke", "--pipelines", "baseline_dmd2")
+    assert (smoke / "data/06_models/lora_dmd2/pytorch_lora_weights.safetensors").exists()
     assert "done before" not in first.stdout + first.stderr and "TCD seed 0: done before" in again.stdout + again.stderr
