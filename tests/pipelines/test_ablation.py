@@ -21,7 +21,7 @@ from hypersd_pipeline.pipelines.data_prep.nodes import cache_latents, generate_d
 from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
 from hypersd_pipeline.pipelines.evaluation.nodes import prepare_reference
 from hypersd_pipeline.pipelines.feedback.config import FeedbackConfig
-from hypersd_pipeline.pipelines.replicates.nodes import ReplicatesConfig, run_replicates
+from hypersd_pipeline.pipelines.replicates.nodes import ReplicatesConfig, feedback_table, run_replicates
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.distillation import StageConfig, changed
@@ -168,9 +168,9 @@ def test_replicates_evaluate_each_stage_with_each_seed_and_resume(world, tmp_pat
             ReplicatesConfig(seeds=seeds), defaults, *stages, *later, *data, latents, teacher, reference, EVALUATION, *places
         )
 
-    first = once((0,))
+    first, _ = once((0,))
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").glob("*.json")}
-    both = once((0, 1))
+    both, tradeoff = once((0, 1))
     assert len(made) == 8 and {path: path.stat().st_mtime_ns for path in made} == made
     assert list(dict.fromkeys(both.model)) == ["teacher", "k8", "k4", "k2", "k1", "feedback", "unified", "unet"]
     pd.testing.assert_frame_equal(first, both[both.seed == 0].reset_index(drop=True))
@@ -178,8 +178,11 @@ def test_replicates_evaluate_each_stage_with_each_seed_and_resume(world, tmp_pat
         one, other = (both[(both.model == model) & (both.seed == s)].value for s in (0, 1))
         assert not (one.to_numpy() == other.to_numpy()).all()
     assert "|unified|2|" in report(both)[0]
-    record = RecordStore(tmp_path / "r").path / "feedback_seed_0.json"
-    assert {"w_1.00/held_out_reward", "before/trained_reward"} <= set(json.loads(record.read_text())["record"])
+    record = json.loads((tmp_path / "r" / "feedback_seed_0.json").read_text())["record"]
+    assert {"w_1.00/held_out_reward", "before/trained_reward"} <= set(record)
+    assert tradeoff[["seed", "weight"]].to_numpy().tolist() == [[0, 0.0], [0, 1.0], [1, 0.0], [1, 1.0]]
+    assert tradeoff.held_out_reward[1] == record["w_1.00/held_out_reward"]
+    assert "|held_out_reward|" in feedback_table(tradeoff) and "±" in feedback_table(tradeoff)
 
 
 def test_intervals_by_hand():

@@ -30,15 +30,17 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     part = results[(results.split == "test") & results.row.str.endswith("_steps")]
     lines = []
     for (model, row, metric), group in part.groupby(["model", "row", "metric"], sort=False):
-        n, mean = len(group), group.value.mean()
-        if n > 1:
-            half = _T.get(n - 1, 1.96) * group.value.std(ddof=1) / math.sqrt(n)
-            low, high = mean - half, mean + half
-        else:
-            low, high = group.low.iloc[0], group.high.iloc[0]
+        n, (mean, half) = len(group), student_interval(group.value)
+        low, high = (group.low.iloc[0], group.high.iloc[0]) if half is None else (mean - half, mean + half)
         steps = int(str(row).removesuffix("_steps"))
         lines.append({"model": model, "steps": steps, "metric": metric, "seeds": n, "mean": mean, "low": low, "high": high})
     return pd.DataFrame(lines)
+
+
+def student_interval(values: pd.Series) -> tuple[float, float | None]:
+    """The mean, and half of Student's 95 % interval; None for one value."""
+    n = len(values)
+    return float(values.mean()), _T.get(n - 1, 1.96) * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None
 
 
 def _table(summary: pd.DataFrame, metric: str, title: str) -> str:

@@ -21,6 +21,7 @@ from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA, combine
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.pipelines.ablation.nodes import conditions, frame_of, stage_identity
+from hypersd_pipeline.pipelines.ablation.report import student_interval
 from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
 from hypersd_pipeline.pipelines.dmd.nodes import choose_start, train_unet, unify
 from hypersd_pipeline.pipelines.dmd.pairs import make_pairs
@@ -65,6 +66,7 @@ class Chain:
     shared: list[Any]
     seed: int
     frames: list[pd.DataFrame] = field(default_factory=list)
+    tradeoff: list[dict[str, Any]] = field(default_factory=list)
     so_far: list[Any] = field(default_factory=list)
 
     def tscd(self, stages: list[StageConfig]) -> LoRA:
@@ -88,7 +90,11 @@ class Chain:
             flat = {f"{w}/{name}": value for w, line in lines.items() if isinstance(line, dict) for name, value in line.items()}
             return {**s.evaluate(combine(lora, tuned, 1.0)), **flat}
 
-        self._keep("feedback", stage.model_dump(mode="json"), report, figures)
+        record = self._keep("feedback", stage.model_dump(mode="json"), report, figures)
+        for weight in sorted({0.0, *stage.merge_weights}):
+            prefix = f"w_{weight:.2f}/"
+            line = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+            self.tradeoff.append({"seed": self.seed, "weight": weight, **line})
         return tuned
 
     def unified(self, start: LoRA, stage: OneStepConfig, consistency: StageConfig) -> None:
@@ -122,11 +128,12 @@ class Chain:
     def _stream(self, model: str) -> MetricStream:
         return self.setting.records.stream(f"{model} seed {self.seed}")
 
-    def _keep(self, model: str, stage: Any, report: Mapping[str, float], figures: Callable[[], dict[str, float]]) -> None:
+    def _keep(self, model: str, stage: Any, report: Mapping[str, float], figures: Callable[[], dict[str, float]]) -> dict[str, float]:
         self.so_far.append(stage)
         key = fingerprint(self.shared, self.so_far)
         record = self.setting.records.once(f"{model} seed {self.seed}", key, {"stage": stage}, lambda: {**figures(), **report})
         self.frames.append(frame_of(model, self.seed, record))
+        return record
 
 
 def run_replicates(
@@ -147,11 +154,12 @@ def run_replicates(
     evaluation: EvaluationConfig,
     checkpoints: CheckpointStore,
     records: RecordStore,
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the whole chain with each seed and evaluate each of its stages; what has a record is not run again.
 
     Returns:
         A line per figure, as `ablation`'s: the models are ``teacher``, ``k8`` ... ``k1``, ``feedback`` (with k1), ``unified``, ``unet``.
+        A line per seed and weight of the feedback LoRA, as `measure_tradeoff`'s.
     """
     setting = Setting(manifest, data, latents, teacher, reference, evaluation, checkpoints, records)
     shared = conditions(teacher, latents, evaluation)
@@ -159,6 +167,7 @@ def run_replicates(
     def teacher_figures() -> dict[str, float]:
         return evaluate_teacher(teacher, reference, evaluation)[0]
 
+    tradeoff: list[dict[str, Any]] = []
     frames = [frame_of("teacher", 0, records.once("teacher", fingerprint(shared), {}, teacher_figures))]
     for seed in replicates.seeds:
         chain = Chain(setting, shared, seed)
@@ -167,4 +176,16 @@ def run_replicates(
         chain.unified(choose_start(lora, tuned, unified), unified, changed(k1.apply(defaults), loop={"seed": seed}))
         chain.unet(choose_start(lora, tuned, unet), unet)
         frames += chain.frames
-    return pd.concat(frames, ignore_index=True)
+        tradeoff += chain.tradeoff
+    return pd.concat(frames, ignore_index=True), pd.DataFrame(tradeoff)
+
+
+def feedback_table(tradeoff: pd.DataFrame) -> str:
+    """Markdown: a line per figure, a column per weight; the mean over seeds and, from two seeds on, Student's 95 % interval."""
+    weights, figures = sorted(tradeoff.weight.unique()), [name for name in tradeoff.columns if name not in ("seed", "weight")]
+    head = ["figure", *(f"feedback x {weight:g}" for weight in weights)]
+    lines = [head, ["-"] * len(head)]
+    for name in figures:
+        cells = [student_interval(tradeoff[tradeoff.weight == weight][name]) for weight in weights]
+        lines.append([name, *(f"{mean:.4g}" + ("" if half is None else f" ± {half:.2g}") for mean, half in cells)])
+    return "\n".join("|" + "|".join(line) + "|" for line in lines) + "\n"

@@ -8,7 +8,7 @@ from kedro.pipeline import Node, Pipeline
 
 from hypersd_pipeline.pipelines import evaluation
 from hypersd_pipeline.pipelines.ablation.report import report
-from hypersd_pipeline.pipelines.replicates.nodes import run_replicates
+from hypersd_pipeline.pipelines.replicates.nodes import feedback_table, run_replicates
 from hypersd_pipeline.pipelines.tscd.pipeline import SEGMENTS
 
 
@@ -31,7 +31,8 @@ def create_pipeline(**_: Any) -> Pipeline:
         "records": "replicates_records",
     }
     nodes = [
-        Node(run_replicates, inputs, "replicates_figures", name="run_replicates"),
+        Node(run_replicates, inputs, ["replicates_figures", "replicates_feedback"], name="run_replicates"),
+        Node(feedback_table, "replicates_feedback", "replicates_feedback_table", name="report_feedback"),
         Node(report, "replicates_figures", ["replicates_table", "replicates_plot"], name="report_replicates"),
     ]
     return evaluation.create_pipeline().only_nodes("prepare_reference") + Pipeline(nodes)
