@@ -134,3 +134,12 @@ def test_impossible_options_are_refused(step_cost, options, message, capsys, mon
         step_cost.main()
     assert stopped.value.code not in (0, None)
     assert message in str(stopped.value.code) + capsys.readouterr().err
+
+
+def test_one_step_stages_hold_one_unet_and_two():
+    command = [sys.executable, str(BENCHMARKS / "one_step_cost.py"), *TINY, "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[-1] for row in rows] == ["1.00", "1.00", "2.00", "2.00", "2.00"]
+    assert [row[1] for row in rows] == ["7.0", "9.0", "8.0", "8.0", "10.0"]
