@@ -63,3 +63,9 @@ def test_the_project_registers_its_pipelines(kedro, pytestconfig):
 def test_registered_names_are_read_without_imports(monkeypatch):
     monkeypatch.setattr("kedro.framework.project.PACKAGE_NAME", "hypersd_pipeline")
     assert {"__default__", "full_distill", "tscd"} <= set(registered_pipelines())
+
+
+def test_segmentation_feedback_without_masks_is_refused_before_anything_runs(kedro, pytestconfig, tmp_path):
+    parameters = f"data.source.kind=folder,data.source.root={tmp_path}"
+    line = error_of(kedro(pytestconfig.rootpath, "run", "--pipelines", "full_distill", "--params", parameters))
+    assert "feedback.stage.perceptual" in line and "set it to null" in line

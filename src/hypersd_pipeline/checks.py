@@ -65,6 +65,19 @@ def check_parameters(loader: AbstractConfigLoader, root: Path) -> None:
             except ValidationError as error:
                 raise UserError(_sentence(error, key, loader, root)) from error
 
+    _check_masks(checked)
+
+
+def _check_masks(checked: dict[str, Any]) -> None:
+    """Raises UserError for segmentation feedback on data that cannot have instance masks, before any stage is trained."""
+    data, feedback = checked.get("data"), checked.get("feedback.stage")
+    if data is None or feedback is None or data.source.kind != "folder":
+        return
+    if feedback.perceptual is not None and feedback.judgement.perceptual_weight:
+        raise UserError(
+            "feedback.stage.perceptual: a data source of kind 'folder' has no instance masks; set it to null, or use a source of kind 'coco'."
+        )
+
 
 def _lookup(values: Any, path: list[str]) -> Any:
     for part in path:
