@@ -75,7 +75,7 @@ def _check_masks(checked: dict[str, Any]) -> None:
         return
     if feedback.perceptual is not None and feedback.judgement.perceptual_weight:
         raise UserError(
-            "feedback.stage.perceptual: a data source of kind 'folder' has no instance masks; set it to null, or use a source of kind 'coco'."
+            "feedback.stage.perceptual: a data source of kind 'folder' has no instance masks; set it to null or use kind 'coco'."
         )
 
 
