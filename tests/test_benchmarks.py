@@ -136,6 +136,7 @@ def test_impossible_options_are_refused(step_cost, options, message, capsys, mon
     assert message in str(stopped.value.code) + capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_step_stages_hold_one_unet_and_two():
     command = [sys.executable, str(BENCHMARKS / "one_step_cost.py"), *TINY, "--rounds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})

@@ -171,6 +171,7 @@ def test_contract_is_required(teacher: TeacherConfig) -> None:
 
 def test_wiring_is_complete() -> None:
     pipeline = create_pipeline()
-    stages = {f"{kind}_k{k}" for kind in ("metrics", "samples") for k in (8, 4, 2, 1)}
+    models = ("k8", "k4", "k2", "k1", "unified", "unet")
+    stages = {f"{kind}_{model}" for kind in ("metrics", "samples") for model in models} | {"metrics_feedback"}
     assert pipeline.inputs() == {"manifest", "params:teacher", "params:evaluation", *stages}
     assert pipeline.outputs() == {"teacher_grid", "results_table", "results_figures", "results", "results_grid"}
