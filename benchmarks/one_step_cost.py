@@ -17,7 +17,8 @@ import torch
 from measure import PeakMemory, resident_unets, seconds
 from presets import PRESETS, TARGETS, Models
 
-from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.adapters import AdaptedUNet, checkpoint_gradients
+from hypersd_pipeline.models.teacher import denoiser_of
 from hypersd_pipeline.training.cost import matching_forwards
 from hypersd_pipeline.training.distribution import CRITIC, Batch, Critic, CriticConfig, MatchingConfig, MatchingStep
 from hypersd_pipeline.training.ema import ema_update
@@ -112,15 +113,14 @@ def make_step(models: Models, variant: Variant, rank: int) -> tuple[Any, Matchin
     )
     for network in (unet, student) if variant.checkpointing else ():
         if network is not None:
-            network.enable_gradient_checkpointing()
-            network.train()
+            checkpoint_gradients(network)
     critic = Critic(adapters, CONFIG.critic, models.schedule, models.prediction_type)
     if student is None:
         weights, average = adapters.parameters("student"), adapters.parameters("ema")
         denoiser, ready = adapters.denoiser("student"), lambda: adapters.use("student")
     else:
         weights, average = list(student.parameters()), [p.detach().clone() for p in student.parameters()]
-        denoiser, ready = _plain(student), lambda: None
+        denoiser, ready = denoiser_of(student), lambda: None
     config = MatchingConfig(**{**CONFIG.model_dump(), "regression_weight": 1.0})
     step = MatchingStep(denoiser, adapters.denoiser(None), config, models.schedule, models.prediction_type, ready=ready, critic=critic)
     optimizer = make_optimizer(weights, LoopConfig(steps=1, batch_size=1, learning_rate=1e-6, optimizer=variant.optimizer))
@@ -132,10 +132,6 @@ def make_step(models: Models, variant: Variant, rank: int) -> tuple[Any, Matchin
         ema_update(average, weights, 0.95)
 
     return unet, step, update
-
-
-def _plain(unet: Any) -> Any:
-    return lambda x_t, t, cond: unet(x_t.to(unet.dtype), t, **cond.to(dtype=unet.dtype).unet_kwargs(), return_dict=False)[0]
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from hypersd_pipeline.pipelines.evaluation import nodes
 from hypersd_pipeline.pipelines.evaluation.pipeline import create_pipeline
 from hypersd_pipeline.pipelines.evaluation.reference import choose_rows, fingerprint, read_reference
 from hypersd_pipeline.pipelines.evaluation.sampling import generate, prompt_noise
+from hypersd_pipeline.pipelines.unified_sampling.nodes import SamplingConfig, measure_sampling
 
 CONFIG = EvaluationConfig(
     samples=10, unseen_samples=6, batch_size=4, student_steps=(1, 2), teacher_steps=(1, 3), bootstrap=100, grid_prompts=3
@@ -167,6 +168,18 @@ def test_contract_is_required(teacher: TeacherConfig) -> None:
         Contract.of(LoRA({}, {}))
     with pytest.raises(UserError, match=r"guidance_scale 3\.0"):
         Contract.of(lora(teacher, 0.0, guidance_scale=3.0))
+
+
+def test_both_grids_over_eta_and_one_step_once(reference: Path, teacher: TeacherConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    row = nodes.Bench.row
+    monkeypatch.setattr(nodes.Bench, "row", lambda bench, split, n, *rest: drawn.append((n, *rest)) or row(bench, split, n, *rest))
+    sampling = SamplingConfig(grids=("tcd", "trailing"), etas=(0.0, 0.5), steps=(1, 2, 4))
+    frame, table = measure_sampling(lora(teacher, 1.0), teacher, reference, CONFIG, sampling)
+    assert len(frame) == 12 and table.count("\n") == 14
+    assert [n for n, *_ in drawn] == [1, 2, 2, 4, 4, 4, 4]  # one step is one way, and two steps have the same grid twice
+    distance = frame.set_index(["steps", "grid", "eta"])["fd_efficientnet_lite0_recon"]
+    assert distance[1].nunique() == 1 and distance[2].nunique() == 2 and distance[4].nunique() == 4
 
 
 def test_wiring_is_complete() -> None:

@@ -9,7 +9,7 @@ import torch
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.ema import ema_update
-from hypersd_pipeline.training.loop import LoopConfig, TrainingStopped, learning_rate_at, make_accelerator, train
+from hypersd_pipeline.training.loop import LoopConfig, TrainingStopped, learning_rate_at, make_accelerator, make_optimizer, train
 
 CONFIG = LoopConfig(steps=12, batch_size=4, learning_rate=1e-2, schedule="cosine", warmup_steps=2, log_every=1, checkpoint_every=4)
 
@@ -229,3 +229,14 @@ def test_checkpoint_with_code_inside_is_not_run(tmp_path):
     with pytest.raises(UserError):
         CheckpointStore(tmp_path / "c").load("k")
     assert not (tmp_path / "owned").exists()
+
+
+def test_each_optimiser_trains_and_the_missing_one_says_what_to_install():
+    for name in ("adamw", "adafactor"):
+        parameter = torch.nn.Parameter(torch.ones(3, 2))
+        optimizer = make_optimizer([parameter], LoopConfig(steps=1, batch_size=1, learning_rate=0.1, optimizer=name))
+        parameter.sum().backward()
+        optimizer.step()
+        assert (parameter < 1).all(), name
+    with pytest.raises(UserError, match=r"loop\.optimizer: adamw_8bit needs bitsandbytes"):
+        make_optimizer([parameter], LoopConfig(steps=1, batch_size=1, learning_rate=0.1, optimizer="adamw_8bit"))

@@ -165,6 +165,12 @@ class AdaptedUNet:
                 parameter.data.copy_(saved)
 
 
+def checkpoint_gradients(unet: UNet2DConditionModel) -> None:
+    """Less memory for one more forward pass. diffusers does it only in training mode; Stable Diffusion UNets have no dropout."""
+    unet.enable_gradient_checkpointing()
+    unet.train()
+
+
 def _forward(layer: Any, unfolded: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A LoRA layer's forward pass: one product where the sum ``W + B A`` is exact enough, peft's own otherwise."""
     if layer._disable_adapters:

@@ -161,12 +161,7 @@ class Teacher:
 
     def denoiser(self) -> Denoiser:
         """The UNet as a function of tensors; inputs are cast to the UNet's dtype, the raw output is in that dtype."""
-        unet, dtype = self.unet, self.unet.dtype
-
-        def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-            return unet(x_t.to(dtype), t, **cond.to(dtype).unet_kwargs(), return_dict=False)[0]
-
-        return call
+        return denoiser_of(self.unet)
 
     def content_hash(self, part: Part) -> str:
         """sha256 over the part's config and weight files (and tokenizer files for ``text``), so that a cache knows its encoder."""
@@ -180,6 +175,16 @@ class Teacher:
                 digest.update(f"{self.layout}, force_zeros_for_empty_prompt {self._zero_unconditional}".encode())
             self._hashes[part] = digest.hexdigest()
         return self._hashes[part]
+
+
+def denoiser_of(unet: Any) -> Denoiser:
+    """A UNet as a function of tensors; inputs are cast to its dtype, the raw output is in that dtype."""
+    dtype = unet.dtype
+
+    def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return unet(x_t.to(dtype), t, **cond.to(dtype=dtype).unet_kwargs(), return_dict=False)[0]  # type: ignore[no-any-return]
+
+    return call
 
 
 def load_teacher(

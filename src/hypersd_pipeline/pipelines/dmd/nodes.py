@@ -7,20 +7,18 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.diffusion.sampling import Denoiser
-from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.adapters import AdaptedUNet, checkpoint_gradients
 from hypersd_pipeline.models.lora import Contract, LoRA, combine, lora_key, merge_lora
 from hypersd_pipeline.models.one_step import write_unet
-from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
+from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, denoiser_of, load_teacher
 from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
 from hypersd_pipeline.pipelines.dmd.pairs import Pairs, pairs_key, read_pairs
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
@@ -93,7 +91,8 @@ def unify(
         fresh_names=(CRITIC,),
         seed=stage.loop.seed,
     )
-    _checkpoint(stage, model.unet)
+    if stage.gradient_checkpointing:
+        checkpoint_gradients(model.unet)
     student = adapters.parameters("student")
     setup = _Setup(stage, model, adapters, latents, accelerator, _pairs(stage, pairs, latents, model, start))
     step = setup.step(adapters.denoiser("student"), ready=lambda: adapters.use("student"))
@@ -143,10 +142,10 @@ def train_unet(
         trainable=(CRITIC,),
         seed=stage.loop.seed,
     )
-    for unet in (student, model.unet):
-        _checkpoint(stage, unet)
+    for unet in (student, model.unet) if stage.gradient_checkpointing else ():
+        checkpoint_gradients(unet)
     setup = _Setup(stage, model, adapters, latents, accelerator, _pairs(stage, pairs, latents, model, start))
-    step = setup.step(_plain(student))
+    step = setup.step(denoiser_of(student))
     sources, targets = list(student.parameters()), list(average.parameters())
     report = _train(
         setup, "one-step UNet", sources, setup.fed_to(step), {"adapters": adapters, "student": student, "average": average}, latents, start,
@@ -299,19 +298,6 @@ def _pairs(stage: OneStepConfig, folder: Path, latents: LatentCache, model: Teac
     if not stage.needs_pairs:
         return None
     return read_pairs(folder, pairs_key(stage.pairs, latents, model.content_hash("unet"), start))
-
-
-def _checkpoint(stage: OneStepConfig, unet: Any) -> None:
-    if stage.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        unet.train()  # diffusers checkpoints only in training mode; Stable Diffusion UNets have no dropout
-
-
-def _plain(unet: Any) -> Denoiser:
-    def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return unet(x_t.to(unet.dtype), t, **cond.to(dtype=unet.dtype).unet_kwargs(), return_dict=False)[0]  # type: ignore[no-any-return]
-
-    return call
 
 
 def _metadata(model: Teacher, latents: LatentCache) -> dict[str, str]:

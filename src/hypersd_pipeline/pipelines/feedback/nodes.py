@@ -20,7 +20,7 @@ from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.metrics.features import load_features
 from hypersd_pipeline.metrics.grids import labelled_grid, to_pil
 from hypersd_pipeline.metrics.mask_ap import mask_ap
-from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.adapters import AdaptedUNet, checkpoint_gradients
 from hypersd_pipeline.models.lora import Contract, LoRA, combine, lora_key, merge_lora
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.objectives import feedback as objective
@@ -100,8 +100,7 @@ def _adapters(model: Teacher, lora: LoRA, stage: FeedbackConfig) -> AdaptedUNet:
         seed=stage.loop.seed,
     )
     if stage.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        model.unet.train()
+        checkpoint_gradients(model.unet)
     return adapters
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.data.cache import LatentCache
-from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.adapters import AdaptedUNet, checkpoint_gradients
 from hypersd_pipeline.models.lora import Contract, LoRA, lora_key
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults, check_previous
@@ -60,8 +60,7 @@ def distil(
     latents.require_teacher(model)
     adapters = make_adapters(model.unet, config, previous)
     if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        model.unet.train()  # diffusers checkpoints only in training mode; Stable Diffusion UNets have no dropout
+        checkpoint_gradients(model.unet)
     adversary = make_adversary(adapters, config, model.schedule, accelerator.device)
     step = DistillationStep(adapters, config, model.schedule, model.prediction_type, accelerator.device, adversary)
     batches = Batches(latents, config, accelerator)
