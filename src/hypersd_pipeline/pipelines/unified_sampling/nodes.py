@@ -29,6 +29,8 @@ def measure_sampling(
 ) -> tuple[pd.DataFrame, str]:
     """Figures of a LoRA for each grid, eta and number of steps; where two ways are the same (one step), they are measured once.
 
+    One step is taken from the grid's first point, T - 1; what it is with a contract that tells another timestep is in the evaluation.
+
     Returns:
         A line per way: steps, grid, eta and the metrics; the same as markdown.
     """
