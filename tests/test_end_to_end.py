@@ -1,5 +1,6 @@
 """The main job with the smoke environment, on the real command line, and what DVC makes of it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -120,6 +121,17 @@ def test_diffusers_draws_with_the_unified_lora_what_we_measure(smoke, steps):
     more = {"timesteps": timesteps.tolist()} if steps == 1 else {"num_inference_steps": steps}
     theirs = pipeline(prompts, latents=noise, guidance_scale=0, eta=0.0, output_type="pt", **more).images
     assert torch.allclose(ours, theirs.float(), atol=1e-3)
+
+
+def test_the_notebook_draws_with_all_that_was_made(smoke, monkeypatch):
+    shown: list[Image.Image] = []
+    monkeypatch.chdir(smoke / "notebooks")
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    names: dict[str, Any] = {}
+    for cell in json.loads(Path("sample_lora.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert len(shown) == 6 and len({picture.tobytes() for picture in shown}) == 6
 
 
 def test_mlflow_has_a_run_with_a_nested_run_for_each_stage(smoke):
