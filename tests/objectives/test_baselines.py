@@ -83,7 +83,9 @@ NAMES = ["lcm", "tcd", "pcm", *(f"progressive_k{k}" for k in (8, 4, 2, 1))]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_by_hand(name):
-    config = stage(f"baseline_{name}").model_copy(update={"adversarial": stage("baseline_lcm").adversarial})  # PCM's other half: below
+    config = stage(f"baseline_{name}").model_copy(
+        update={"adversarial": stage("baseline_lcm").adversarial}
+    )  # PCM's other half: test_adversary.py
     x0 = torch.linspace(-1, 1, 16).view(16, 1, 1, 1)
     c = torch.linspace(0.2, 1, 16)
     cond, uncond = Conditioning(c.view(16, 1, 1)), Conditioning(torch.full((16, 1, 1), -1.0))
@@ -98,6 +100,12 @@ def test_what_makes_each_baseline():
     assert (tcd.segments, tcd.ends, tcd.target, tcd.distance, tcd.offset_noise) == (1, "uniform", "ema", "mse", 0.0)
     assert (pcm.segments, pcm.ends, pcm.adversarial.renoise, pcm.adversarial.pair) == (4, "segment_start", True, False)
     assert pcm.adversarial.weight > 0 == lcm.adversarial.weight == tcd.adversarial.weight
+
+
+def test_the_weight_moves_to_the_adversarial_term_as_k_falls():
+    stages = [stage(f"tscd_k{k}") for k in (8, 4, 2, 1)]
+    shares = [s.adversarial.weight / (s.mse_weight + s.adversarial.weight) for s in stages]
+    assert shares[0] == shares[1] == 0 < shares[2] < shares[3] < 0.5 and all(s.adversarial.balance for s in stages)
 
 
 def test_progressive_takes_the_whole_way_of_its_teacher():

@@ -26,6 +26,8 @@ from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.distillation import StageConfig, changed
 
+LOOP = {"steps": 1, "batch_size": 4, "learning_rate": 0.01}
+
 
 def stage(segments, weight=0.0, **more):
     return StageConfig(
@@ -33,8 +35,7 @@ def stage(segments, weight=0.0, **more):
         guidance=(3.0, 5.0),
         adversarial={"weight": weight, "hidden": 32},
         lora={"rank": 2, "target_modules": ("to_q",)},
-        loop={"steps": 1, "batch_size": 4, "learning_rate": 0.01},
-        **more,
+        **{"loop": LOOP, **more},
     )
 
 
@@ -59,7 +60,7 @@ def test_cells_are_the_issue_s_and_cost_the_same():
     names = [cell.name for cell in cells]
     assert len(names) == len(set(names)) == 15  # 8 chains, 4 single stages, the chain with its one step, two baselines
     for cell in cells:
-        cost = sum(prepared_forwards(s) + s.loop.steps * step_forwards(s, config.encoder_share) for s in cell.stages)
+        cost = sum(prepared_forwards(s, 4) + s.loop.steps * step_forwards(s, 4, config.encoder_share) for s in cell.stages)
         assert cost == pytest.approx(1400, rel=0.02), cell.name
     chosen = {cell.name: cell for cell in cells}
     plain = chosen["8-4-2-1 MSE, no offset noise, previous stage"].stages
@@ -70,7 +71,19 @@ def test_cells_are_the_issue_s_and_cost_the_same():
     assert [c.name for c in planned(AblationConfig(budget=99, only=("TCD",)))] == ["TCD"]
 
 
+def test_budgets_are_in_images_where_batches_differ():
+    """A batch of 8 in two passes of 4: each pass 2 + (3 + 2 * 2) + 5 * 2 / 4 forward passes on 4 images, and 4 pairs of 2 steps before."""
+    larger = changed(ONE_STEP, loop={"batch_size": 8, "accumulate": 2})
+    (cell,) = plan(AblationConfig(budget=1000, only=("Hyper-SD",)), TSCD, {}, larger, {})
+    assert cell.batch == 4 and cell.stages[-1].loop.steps == round((500 - 2) / (2 * 11.5))
+    (tcd,) = planned(AblationConfig(budget=1000, only=("TCD",)))
+    (twice,) = plan(AblationConfig(budget=1000, only=("TCD",)), TSCD, {"TCD": (stage(1, loop=dict(LOOP, batch_size=8)),)}, ONE_STEP, {})
+    assert (tcd.stages[0].loop.steps, twice.stages[0].loop.steps) == (200, 100)
+
+
 def test_refusals():
+    with pytest.raises(UserError, match="previous_stage needs a stage before this one"):
+        plan(AblationConfig(budget=99), TSCD, {"TCD": (stage(1, teacher="previous_stage"),)}, ONE_STEP, {})
     with pytest.raises(UserError, match=r"ablation\.only: there is no cell 'TDC'; the cells are 8-4-2-1 hybrid"):
         planned(AblationConfig(budget=99, only=("TDC",)))
     with pytest.raises(UserError, match=r"ablation\.budget: 3 forward passes do not pay for one step of '8-4-2-1 hybrid'"):

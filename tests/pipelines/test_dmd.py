@@ -125,7 +125,7 @@ def made(world, folder, stage, start=None):
 
 
 def key_of(world, stage, start=None):
-    return pairs_key(stage.pairs, world[1], load_teacher(world[0], parts=("unet",)).content_hash("unet"), start)
+    return pairs_key(stage.pairs, world[1], load_teacher(world[0], parts=("unet",)), start)
 
 
 def with_pairs(**changes):

@@ -13,8 +13,9 @@ from hypersd_pipeline.models.discriminator import encode_to_mid, make_head
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.objectives import adversarial
 from hypersd_pipeline.pipelines.tscd.nodes import distil
+from hypersd_pipeline.training.adversary import Adversary
 from hypersd_pipeline.training.checkpoints import CheckpointStore
-from hypersd_pipeline.training.cost import ideal_forwards
+from hypersd_pipeline.training.cost import ideal_forwards, with_cost
 from hypersd_pipeline.training.distillation import DistillationStep, StageConfig, make_adapters, make_adversary
 
 CONFIG = StageConfig(
@@ -247,6 +248,95 @@ def assert_same(one, other):
             assert_same(a, b)
     else:
         assert one == other
+
+
+def test_the_alarm_counts_updates_not_passes(checkpoint):
+    model, adapters, _, _ = build(checkpoint, CONFIG)
+    adversary = Adversary(adapters, CONFIG.adversarial, model.schedule, segments=2, passes=2, seed=0, device=CPU)
+    answers = iter([5.0, -5.0, 5.0, -5.0, -5.0, 5.0, 5.0, -5.0, 5.0, -5.0])  # logits of real and fake: right, right; wrong, right; right
+    adversary._logits = lambda features, seen: features.mean() * 0 + next(answers) + 0 * adversary.head.layers[-1].bias
+    x, cond, _ = batch()
+    t, s = torch.full((4,), 499), torch.full((4,), 249)
+    streaks = [
+        float(adversary.judge(x, t, x.clone().requires_grad_(), x, s, cond, torch.Generator())[1]["discriminator_unbeaten_steps"])
+        for _ in range(5)
+    ]
+    assert streaks == [0, 1, 1, 0, 0]
+
+
+def test_the_discriminators_gradient_is_the_mean_over_the_passes(checkpoint):
+    model, adapters, _, _ = build(checkpoint, CONFIG)
+    x, cond, _ = batch()
+    t, s = torch.full((4,), 499), torch.full((4,), 249)
+    found = []
+    for passes in (1, 2):
+        adversary = Adversary(adapters, CONFIG.adversarial, model.schedule, segments=2, passes=passes, seed=0, device=CPU)
+        for part in torch.arange(4).chunk(passes):
+            prediction = (x[part] - 1).requires_grad_()
+            adversary.judge(x[part], t[part], prediction, x[part] + 1, s[part], cond[part], torch.Generator())
+        found.append([p.grad for p in adversary.head.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_pcms_loss_by_hand(checkpoint):
+    """Huber and 0.1 softplus(-logit), without balance, of samples noised to a shared time between s and s + T / k, by the same noise."""
+    config = variant(
+        distance="huber", adversarial={**CONFIG.adversarial.model_dump(), "weight": 0.1, "balance": False, "pair": False, "renoise": True}
+    )
+    model, _, adversary, step = build(checkpoint, config)
+    seen, judge, encode = {}, adversary.judge, adversary._encode
+
+    def watched(x_t, t, prediction, target, s, cond, generator, features=None):
+        seen.update(prediction=prediction, target=target, s=s, state=generator.get_state())
+        return judge(x_t, t, prediction, target, s, cond, generator, features)
+
+    adversary.judge = watched
+    adversary._encode = lambda x, t, cond: seen.setdefault("encoded", []).append((x, t, cond)) or encode(x, t, cond)
+    loss, _ = step(*batch(), torch.Generator().manual_seed(0))
+    (x_real, t_real, cond), (x_fake, t_fake, _) = seen["encoded"]
+    draws, s = torch.Generator(), seen["s"]
+    draws.set_state(seen["state"])
+    t_star = (s + (torch.rand(len(s), generator=draws) * 500).long()).clamp(max=999)
+    z = torch.randn(x_real.shape, generator=draws)
+    assert torch.equal(t_real, t_star) and torch.equal(t_fake, t_star) and (t_star > s).any()
+    alphas, sigmas = model.schedule.alphas, model.schedule.sigmas
+    ratio = (alphas[t_star] / alphas[s]).view(-1, 1, 1, 1)
+    more = (sigmas[t_star].view(-1, 1, 1, 1) ** 2 - ratio**2 * sigmas[s].view(-1, 1, 1, 1) ** 2).clamp(min=0).sqrt()
+    torch.testing.assert_close(x_real, (ratio * seen["target"] + more * z).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x_fake, (ratio * seen["prediction"] + more * z).float(), rtol=1e-4, atol=1e-5)
+    difference = seen["prediction"] - seen["target"]
+    huber = ((difference**2 + 1e-6).sqrt() - 1e-3).mean()
+    logits = adversary.head(encode(x_fake, t_star, cond))
+    assert loss.item() == pytest.approx((huber + 0.1 * torch.log1p(torch.exp(-logits)).mean()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 5.0),
+        ({"teacher": "previous_stage"}, 4.0),
+        ({"gradient_checkpointing": True}, 6.0),
+        ({"segments": 8, "starts": "segment_ends", "ends": "segment_start", "target": "solver"}, 12.0),  # five guided steps, student twice
+        ({"segments": 4, "solver_points": 8, "teacher": "previous_stage", "target": "solver"}, 4.0),  # two steps, student twice
+        ({"judged": {"encoder": "adapter"}, "teacher": "previous_stage"}, 4 + 7 * 0.35),  # three points there and back, once more back
+        ({"judged": {"encoder": "frozen"}, "teacher": "previous_stage"}, 4 + 4 * 0.35),
+        ({"judged": {"encoder": "frozen"}, "gradient_checkpointing": True}, 6 + 4 * 0.35),
+        ({"judged": {"pair": False}}, 5 + 3 * 0.35),
+    ],
+)
+def test_what_a_step_ideally_costs(changes, expected):
+    judged = changes.pop("judged", {"weight": 0.0})
+    config = variant(adversarial={**CONFIG.adversarial.model_dump(), **judged}, **changes)
+    assert ideal_forwards(config, 0.35) == pytest.approx(expected)
+
+
+def test_the_reports_cost_by_hand():
+    config = variant(adversarial={}, loop={**CONFIG.loop.model_dump(), "accumulate": 4})
+    report = {"mean_step_seconds": 3.0, "unet_forward_seconds": 0.1, "encoder_share": 0.4}  # of a pass: a quarter of an update
+    costed = with_cost(report, config)
+    assert costed["step_forwards"] == pytest.approx(7.5) and costed["step_over_ideal"] == pytest.approx(1.5)
+    assert with_cost({"encoder_share": 0.4}, config) == {"encoder_share": 0.4}  # nothing was trained
 
 
 def test_alarm_for_an_unbeaten_discriminator(checkpoint, caplog):

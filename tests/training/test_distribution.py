@@ -294,6 +294,24 @@ def test_a_non_finite_critic_step_is_left_out(teacher):
     assert not same(before, copies(adapters, CRITIC)) and all(torch.isfinite(p).all() for p in adapters.parameters(CRITIC))
 
 
+def test_under_autocast_the_critic_computes_with_its_newest_weights(teacher):
+    """Autocast keeps 16-bit copies of weights; what was made before an update must not judge after it."""
+    _, adapters, step = build(teacher, config(critic={"updates": 2, "learning_rate": 0.02}))
+    x, t, cond = batch().z, torch.tensor([999, 300]), batch().cond
+
+    def judged():
+        with torch.no_grad():
+            return adapters.denoiser(CRITIC)(x, t, cond)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        before = judged()
+        step.critic.update(x, cond, generator())
+        after = judged()
+    with torch.autocast("cpu", torch.bfloat16):
+        anew = judged()
+    assert torch.equal(after, anew) and not torch.equal(after, before)
+
+
 GAN = AdversarialConfig(weight=0.5, pair=False, renoise=True, hidden=32)
 
 

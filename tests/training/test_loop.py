@@ -126,7 +126,7 @@ def test_a_bad_streak_goes_back_to_the_last_good_checkpoint(tmp_path, caplog):
     assert not torch.equal(draws[4], draws[9])  # step 5, the first time and the second
     assert (figures["total_skipped_steps"], figures["total_rollbacks"]) == (3, 1) and torch.isfinite(weights).all()
     assert "toy: a non-finite loss or gradient (main); such steps are skipped" in caplog.text
-    assert "3 steps in a row had a non-finite loss or gradient; back to the checkpoint of step 4" in caplog.text
+    assert "3 steps in a row had a non-finite loss or gradient (main); back to the checkpoint of step 4" in caplog.text
     again = run(tmp_path, config=config, loss=loss, seed=5)
     assert torch.equal(again[0], weights) and again[3] == figures
 
@@ -168,6 +168,32 @@ def test_companions_step_with_the_main_optimiser_or_not_at_all(tmp_path):
     assert figures["total_skipped_steps"] == 2 and figures["unet_forward_seconds"] == 0.5
     saved = CheckpointStore(tmp_path).load("k")[1]
     assert saved["optimizers"]["rival"]["state"][0]["step"] == 2 and rival.weight.grad is None
+
+
+def test_a_rollback_halves_the_companions_rate_too_and_names_who_failed(tmp_path, caplog):
+    net, rival = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    optimizer, rates = torch.optim.AdamW(rival.parameters(), lr=0.1), []
+
+    def loss_fn(generator):
+        rates.append(optimizer.param_groups[0]["lr"])
+        factor = float("nan") if len(rates) in (3, 4) else 1.0
+        (rival(torch.randn(4, 2, generator=generator)).mean() * factor).backward(inputs=list(rival.parameters()))
+        return net(torch.ones(1, 2)).square().mean(), {}
+
+    def run(steps):
+        config = CONFIG.model_copy(update={"steps": steps, "max_bad_steps": 2, "checkpoint_every": 2})
+        return train(
+            "toy", parameters=net.parameters(), loss_fn=loss_fn, config=config, key="k", state={"net": net, "rival": rival},
+            checkpoints=CheckpointStore(tmp_path), metrics=lambda m, s: None, accelerator=make_accelerator(CONFIG),
+            companions={"rival": optimizer},
+        )  # fmt: skip
+
+    assert run(4)["total_rollbacks"] == 1
+    assert rates == pytest.approx([0.1] * 4 + [0.05] * 2)
+    assert "2 steps in a row had a non-finite loss or gradient (rival); back to the checkpoint of step 2" in caplog.text
+    optimizer.param_groups[0]["lr"] = 0.1  # as a new process makes it
+    run(6)
+    assert rates[6:] == pytest.approx([0.05] * 2)
 
 
 def test_accumulation_equals_one_large_batch(tmp_path):

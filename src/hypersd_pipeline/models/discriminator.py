@@ -65,7 +65,8 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """``[b, channels, h, w]`` -> logits ``[b]``, float32; above zero is "real"."""
-        return self.layers(features.float()).mean(dim=(1, 2, 3))
+        with torch.autocast(features.device.type, enabled=False):
+            return self.layers(features.float()).mean(dim=(1, 2, 3))
 
 
 def make_head(unet: UNet2DConditionModel, hidden: int, points: int, seed: int) -> Head:

@@ -84,6 +84,7 @@ class Adversary:
         self.parameters = [*self.head.parameters(), *(adapters.parameters(ADAPTER) if self.adapter else ())]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
         self.streak = torch.zeros((), device=device)
+        self._correct: list[Tensor] = []  # of the passes of an update so far
 
     @property
     def takes_teachers_features(self) -> bool:
@@ -120,9 +121,17 @@ class Adversary:
         loss = discriminator_loss(real, fake)
         (loss / self.passes).backward(inputs=self.parameters, retain_graph=True)
         correct = ((real > 0).float().mean() + (fake < 0).float().mean()).detach() / 2
-        self.streak = torch.where(correct == 1, self.streak + 1, torch.zeros_like(self.streak))
+        self._count(correct)
         scalars = {"loss": loss, "accuracy": correct, "logit_real": real.mean(), "logit_fake": fake.mean(), "unbeaten_steps": self.streak}
         return generator_loss(fake), {f"discriminator_{name}": value.detach() for name, value in scalars.items()}
+
+    def _count(self, correct: Tensor) -> None:
+        """Updates in a row with nothing but right answers, on the device: to read it at each pass would make the CPU wait."""
+        self._correct.append(correct)
+        if len(self._correct) == self.passes:
+            whole = torch.stack(self._correct).min()
+            self.streak = torch.where(whole == 1, self.streak + 1, torch.zeros_like(self.streak))
+            self._correct.clear()
 
     def watch(self, values: Mapping[str, float], step: int) -> None:
         """Warn of a discriminator that is always right: the student then learns nothing from it."""
@@ -158,3 +167,4 @@ class Adversary:
         """Restore what `state_dict` gave."""
         self.head.load_state_dict(state_dict["head"])
         self.streak = state_dict["streak"].to(self.streak)
+        self._correct.clear()

@@ -107,6 +107,7 @@ class Critic:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
             if bool(torch.isfinite(norm)):
                 self.optimizer.step()
+                torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # or autocast computes on with the weights as they were
             self.optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
         return torch.stack(losses).mean()

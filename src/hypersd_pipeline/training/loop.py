@@ -52,7 +52,7 @@ class LoopConfig(Strict):
         log_every, checkpoint_every: in updates.
         seed: of every random draw of the stage.
         max_bad_steps, max_rollbacks: after so many non-finite steps in a row the stage goes back to its last good checkpoint with half the
-            learning rate; after so many returns it gives up.
+            learning rates; after so many returns it gives up.
     """
 
     steps: int = Field(ge=1)
@@ -181,7 +181,7 @@ def train(
     """Run ``config.steps`` updates, continuing from the newest checkpoint made under ``key``.
 
     A step with a non-finite loss or gradient is skipped, counted and logged. After ``max_bad_steps`` of them in a row training goes back
-    to its last good checkpoint with half the learning rate and other random draws, ``max_rollbacks`` times at most.
+    to its last good checkpoint with half the learning rates, the companions' too, and other random draws, ``max_rollbacks`` times at most.
 
     Args:
         name: shown in the progress bar.
@@ -253,15 +253,21 @@ class _Run:
         self.name, self.config, self.optimizers, self.state = name, config, optimizers, state
         self.key, self.checkpoints, self.constants = key, checkpoints, constants
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.companion_rates = {k: [g["lr"] for g in o.param_groups] for k, o in optimizers.items() if k != "main"}
         self.bad = self.skipped = self.rollbacks = 0
+        self.bad_in: list[str] = []  # whose gradients were not finite in the last such step
         self.saved: int | None = None
         self.figures: dict[str, float] = {}
 
     def set_learning_rate(self, step: int) -> float:
-        """Of the main optimiser; companions keep theirs."""
-        rate = learning_rate_at(step, self.config) * 0.5**self.rollbacks
+        """Of the main optimiser, which follows the schedule; companions keep theirs, but for the halving of a rollback."""
+        halved = 0.5**self.rollbacks
+        rate = learning_rate_at(step, self.config) * halved
         for group in self.optimizers["main"].param_groups:
             group["lr"] = rate
+        for name, rates in self.companion_rates.items():
+            for group, own in zip(self.optimizers[name].param_groups, rates, strict=True):
+                group["lr"] = own * halved
         return rate
 
     def apply(self) -> tuple[Tensor, bool]:
@@ -273,9 +279,12 @@ class _Run:
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if not finite and not self.bad:
-            where = [name for name, norm in zip(self.optimizers, norms, strict=True) if not torch.isfinite(norm)]
-            log.warning("%s: a non-finite loss or gradient (%s); such steps are skipped and counted.", self.name, ", ".join(where))
+        if not finite:
+            self.bad_in = [name for name, norm in zip(self.optimizers, norms, strict=True) if not torch.isfinite(norm)]
+            if not self.bad:
+                log.warning(
+                    "%s: a non-finite loss or gradient (%s); such steps are skipped and counted.", self.name, ", ".join(self.bad_in)
+                )
         self.bad, self.skipped = (0, self.skipped) if finite else (self.bad + 1, self.skipped + 1)
         return norms[0], finite
 
@@ -314,17 +323,19 @@ class _Run:
     def roll_back(self, rate: float) -> int:
         """Go back to the last good checkpoint; the learning rate is halved and the draws are others, or the same would happen again."""
         bad, skipped, rollbacks = self.bad, self.skipped, self.rollbacks
-        advice = f"{self.name}: {bad} steps in a row had a non-finite loss or gradient"
+        advice = f"{self.name}: {bad} steps in a row had a non-finite loss or gradient ({', '.join(self.bad_in)})"
         if rollbacks >= self.config.max_rollbacks:
-            raise TrainingStopped(f"{advice}, after {rollbacks} returns to an earlier checkpoint; lower the learning rate (now {rate:g}).")
+            raise TrainingStopped(
+                f"{advice}, after {rollbacks} returns to an earlier checkpoint; lower the learning rate (of main: now {rate:g})."
+            )
         found = self.checkpoints.load(self.key, accept=lambda saved: saved["counts"]["bad"] == 0)
         if found is None:
-            raise TrainingStopped(f"{advice}, before the first checkpoint; lower the learning rate (now {rate:g}).")
+            raise TrainingStopped(f"{advice}, before the first checkpoint; lower the learning rate (of main: now {rate:g}).")
         step = self._restore(*found)
         self.checkpoints.discard_after(self.key, step)
         self.bad, self.skipped, self.rollbacks = 0, skipped, rollbacks + 1
         self.generator.manual_seed(int(np.random.SeedSequence([self.config.seed, self.rollbacks, step]).generate_state(1)[0]))
-        log.warning("%s; back to the checkpoint of step %d, with the learning rate halved (rollback %d).", advice, step, self.rollbacks)
+        log.warning("%s; back to the checkpoint of step %d, with the learning rates halved (rollback %d).", advice, step, self.rollbacks)
         return step
 
 

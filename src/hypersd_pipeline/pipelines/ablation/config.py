@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
+from hypersd_pipeline.pipelines.tscd.config import check_previous
 from hypersd_pipeline.training.cost import ideal_forwards, matching_forwards
 from hypersd_pipeline.training.distillation import StageConfig, changed
 
@@ -19,7 +20,8 @@ class AblationConfig(Strict):
     """What is compared, and what each training may cost.
 
     Attributes:
-        budget: of a training, all its stages together, in forward passes of the UNet on a batch; evaluation is not counted.
+        budget: of a training, all its stages together, in forward passes of the UNet on as many images as an update of the TSCD stages has;
+            evaluation is not counted.
         shares: of the budget, for the stages of a chain with 8, 4, 2 and 1 segments.
         one_step_share: of the budget, for the one-step stage of the cell that has all of Hyper-SD's stages; the others get the rest.
         sampling_eta: of the sampling of the TSCD cells, whose last stage is TCD's too and is sampled as TCD is.
@@ -48,14 +50,18 @@ class AblationConfig(Strict):
 
 @dataclass(frozen=True)
 class Cell:
-    """One candidate: a name and its stages, in order."""
+    """One candidate: a name and its stages, in order.
+
+    ``batch`` images make the forward pass that costs are counted in; it is the same in all cells.
+    """
 
     name: str
     stages: tuple[StageConfig | OneStepConfig, ...]
+    batch: int
 
     def seeded(self, seed: int) -> Cell:
         """The same with another seed."""
-        return Cell(self.name, tuple(changed(stage, loop={"seed": seed}) for stage in self.stages))
+        return replace(self, stages=tuple(changed(stage, loop={"seed": seed}) for stage in self.stages))
 
 
 def plan(
@@ -74,23 +80,27 @@ def plan(
         tscd: segments -> the stage as configured. baselines: name -> its stages. unified: the one-step stage. one_step: further baselines.
 
     Raises:
-        UserError: ``only`` names a cell that there is not, or the budget is too small for a stage.
+        UserError: ``only`` names a cell that there is not, the budget is too small for a stage, or the first stage of a baseline asks for a
+            previous one.
     """
     chains: dict[str, list[StageConfig]] = {"8-4-2-1": [tscd[k] for k in (8, 4, 2, 1)], "k=1": [tscd[1]]}
+    batch = tscd[8].loop.batch_size
     cells = []
     for (chain, stages), hybrid, offset, previous in product(chains.items(), (True, False), (True, False), (False, True)):
         if previous and len(stages) == 1:
             continue
         name = f"{chain} {'hybrid' if hybrid else 'MSE'}{'' if offset else ', no offset noise'}{', previous stage' if previous else ''}"
         variants = [_variant(s, hybrid, offset, previous and i > 0) for i, s in enumerate(stages)]
-        cells.append(Cell(name, (*variants[:-1], changed(variants[-1], sampling_eta=config.sampling_eta))))
-    cells.append(Cell("Hyper-SD", (*chains["8-4-2-1"], unified)))
-    cells += [Cell(name, stages) for name, stages in baselines.items()]
-    cells += [Cell(name, (stage,)) for name, stage in one_step.items()]
+        cells.append(Cell(name, (*variants[:-1], changed(variants[-1], sampling_eta=config.sampling_eta)), batch))
+    for first, *_ in baselines.values():
+        check_previous(first, has_previous=False)
+    cells.append(Cell("Hyper-SD", (*chains["8-4-2-1"], unified), batch))
+    cells += [Cell(name, stages, batch) for name, stages in baselines.items()]
+    cells += [Cell(name, (stage,), batch) for name, stage in one_step.items()]
     known = [cell.name for cell in cells]
     if unknown := [name for name in config.only or () if name not in known]:
         raise UserError(f"ablation.only: there is no cell {unknown[0]!r}; the cells are {'; '.join(known)}.")
-    return [Cell(cell.name, _within_budget(cell, config)) for cell in cells if config.only is None or cell.name in config.only]
+    return [replace(cell, stages=_within_budget(cell, config)) for cell in cells if config.only is None or cell.name in config.only]
 
 
 def _variant(stage: StageConfig, hybrid: bool, offset: bool, previous: bool) -> StageConfig:
@@ -106,31 +116,33 @@ def _within_budget(cell: Cell, config: AblationConfig) -> tuple[StageConfig | On
     chain = config.shares if config.shares and len(cell.stages) >= 4 else (1.0,)
     rest = 1 - config.one_step_share
     shares = (*(share * rest for share in chain), config.one_step_share) if len(cell.stages) == 5 else chain
-    paid = [_paid(stage, config.budget * share, cell.name, config) for stage, share in zip(cell.stages, shares, strict=True)]
+    paid = [_paid(stage, config.budget * share, cell, config) for stage, share in zip(cell.stages, shares, strict=True)]
     if isinstance(paid[-1], StageConfig):  # a one-step stage is sampled as it was trained
         paid[-1] = changed(paid[-1], sampling_first=config.sampling_first)
     return tuple(paid)
 
 
-def _paid(stage: StageConfig | OneStepConfig, forwards: float, cell: str, config: AblationConfig) -> StageConfig | OneStepConfig:
+def _paid(stage: StageConfig | OneStepConfig, forwards: float, cell: Cell, config: AblationConfig) -> StageConfig | OneStepConfig:
     """The stage with as many steps as its forwards pay for, its pairs included."""
-    steps = round((forwards - prepared_forwards(stage)) / step_forwards(stage, config.encoder_share))
+    steps = round((forwards - prepared_forwards(stage, cell.batch)) / step_forwards(stage, cell.batch, config.encoder_share))
     if steps < 1:
-        raise UserError(f"ablation.budget: {config.budget:g} forward passes do not pay for one step of '{cell}'; raise it.")
+        raise UserError(f"ablation.budget: {config.budget:g} forward passes do not pay for one step of '{cell.name}'; raise it.")
     return changed(stage, loop={"steps": steps})
 
 
-def step_forwards(stage: StageConfig | OneStepConfig, encoder_share: float) -> float:
-    """Forward passes of one update."""
+def step_forwards(stage: StageConfig | OneStepConfig, batch: int, encoder_share: float) -> float:
+    """Forward passes, on ``batch`` images, of one update, which may have another number of images itself."""
+    own = stage.loop.batch_size / batch
     if isinstance(stage, StageConfig):
-        return ideal_forwards(stage, encoder_share)
-    batch = stage.loop.batch_size // stage.loop.accumulate
-    return matching_forwards(stage.matching, batch, encoder_share, adversarial=stage.adversarial.weight > 0, full=False)
+        return own * ideal_forwards(stage, encoder_share)
+    images = stage.loop.batch_size // stage.loop.accumulate
+    judged, again = stage.adversarial.weight > 0, stage.gradient_checkpointing
+    return own * matching_forwards(stage.matching, images, encoder_share, adversarial=judged, full=False, again=again)
 
 
-def prepared_forwards(stage: StageConfig | OneStepConfig) -> float:
-    """Forward passes, at the training batch, of what is made before the training: the pairs of a regression."""
+def prepared_forwards(stage: StageConfig | OneStepConfig, batch: int) -> float:
+    """Forward passes, on ``batch`` images, of what is made before the training: the pairs of a regression."""
     if isinstance(stage, StageConfig) or not stage.needs_pairs:
         return 0.0
     pairs = stage.pairs
-    return pairs.count / (stage.loop.batch_size // stage.loop.accumulate) * pairs.steps * (2 if pairs.source == "teacher" else 1)
+    return pairs.count / batch * pairs.steps * (2 if pairs.source == "teacher" else 1)

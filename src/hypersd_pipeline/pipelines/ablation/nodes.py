@@ -113,7 +113,7 @@ def _run(
         else:
             lora, report = distil(latents, teacher, stage, checkpoints, live, lora)
         done += stage.loop.steps
-        forwards += stage.loop.steps * step_forwards(stage, report["encoder_share"]) + prepared_forwards(stage)
+        forwards += stage.loop.steps * step_forwards(stage, cell.batch, report["encoder_share"]) + prepared_forwards(stage, cell.batch)
         images += stage.loop.steps * stage.loop.batch_size
         stream.flush()
     assert lora is not None

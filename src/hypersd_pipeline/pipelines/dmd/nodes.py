@@ -297,7 +297,7 @@ def _load(teacher: TeacherConfig, stage: OneStepConfig, latents: LatentCache, ac
 def _pairs(stage: OneStepConfig, folder: Path, latents: LatentCache, model: Teacher, start: LoRA | None) -> Pairs | None:
     if not stage.needs_pairs:
         return None
-    return read_pairs(folder, pairs_key(stage.pairs, latents, model.content_hash("unet"), start))
+    return read_pairs(folder, pairs_key(stage.pairs, latents, model, start))
 
 
 def _metadata(model: Teacher, latents: LatentCache) -> dict[str, str]:

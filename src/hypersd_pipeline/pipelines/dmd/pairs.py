@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypersd_pipeline.diffusion.grids import trailing_timesteps
 from hypersd_pipeline.diffusion.sampling import sample_ddim
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.lora import LoRA, lora_key, merge_lora
-from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
+from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.pipelines.dmd.config import OneStepConfig, PairsConfig
 from hypersd_pipeline.training.checkpoints import fingerprint
 
@@ -41,9 +42,10 @@ def make_pairs(latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfi
     return functools.partial(_write, latents=latents, teacher=teacher, stage=stage, start=start)
 
 
-def pairs_key(pairs: PairsConfig, latents: LatentCache, unet_hash: str, start: LoRA | None) -> str:
+def pairs_key(pairs: PairsConfig, latents: LatentCache, model: Teacher, start: LoRA | None) -> str:
     """What pairs depend on."""
-    return fingerprint(pairs.model_dump(exclude={"batch_size"}), latents.key, unet_hash, lora_key(start))
+    teacher = [model.content_hash("unet"), model.prediction_type, model.scheduler_config()]
+    return fingerprint(pairs.model_dump(exclude={"batch_size"}), latents.key, teacher, lora_key(start))
 
 
 def read_pairs(folder: Path, key: str) -> Pairs:
@@ -68,7 +70,7 @@ def _write(folder: Path, latents: LatentCache, teacher: TeacherConfig, stage: On
     config = stage.pairs
     model = load_teacher(teacher, parts=("unet",))
     latents.require_teacher(model)
-    key, path = pairs_key(config, latents, model.content_hash("unet"), start), folder / FILE
+    key, path = pairs_key(config, latents, model, start), folder / FILE
     if path.is_file():
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("key") == key:
@@ -88,4 +90,6 @@ def _write(folder: Path, latents: LatentCache, teacher: TeacherConfig, stage: On
             model.denoiser(), z.to(model.device), cond, grid, model.schedule, model.prediction_type, uncond=uncond, guidance_scale=scale
         )
         targets.append(walk.float().cpu())
-    save_file({"noise": noise, "target": torch.cat(targets), "rows": rows}, path, metadata={"key": key})
+    half_written = path.with_suffix(".tmp")
+    save_file({"noise": noise, "target": torch.cat(targets), "rows": rows}, half_written, metadata={"key": key})
+    os.replace(half_written, path)
