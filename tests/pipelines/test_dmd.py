@@ -309,11 +309,14 @@ def test_rewards_on_the_students_pictures(world, tmp_path, monkeypatch):
     assert not same(trained.tensors, unified(world, tmp_path / "b", one_step(loop={**LOOP, "steps": 2}))[0].tensors)
 
 
-def test_decode_checkpointing_decodes_once_more(world, tmp_path, monkeypatch):
-    trained, _, calls = decodings(world, tmp_path / "a", monkeypatch, decode_checkpointing=True)
-    assert calls == 2
-    plain = decodings(world, tmp_path / "b", monkeypatch)[0]
-    assert all(torch.allclose(trained.tensors[name], plain.tensors[name], atol=1e-4) for name in plain.tensors)
+def test_decode_checkpointing_decodes_each_picture_once_more(world, tmp_path, monkeypatch):
+    _, logged, calls = decodings(world, tmp_path / "a", monkeypatch, decode_checkpointing=True)
+    plain = decodings(world, tmp_path / "b", monkeypatch)[1]
+    assert calls == 2 * LOOP["batch_size"]
+    assert logged[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+    assert logged[0]["grad_norm"] == pytest.approx(
+        plain[0]["grad_norm"], rel=0.01
+    )  # another batch size alone moves a kinked reward so much
 
 
 def test_gradient_checkpointing_trains_the_same_lora(world, start, tmp_path):

@@ -10,7 +10,7 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.adapters import AdaptedUNet
 from hypersd_pipeline.models.dual_encoder import load_dual_encoder
-from hypersd_pipeline.models.lora import Contract
+from hypersd_pipeline.models.lora import Contract, merge_lora
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.perception.config import SmallSoloConfig
 from hypersd_pipeline.perception.protocol import LabelMap
@@ -108,6 +108,43 @@ def test_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path):
     resumed, again = train(world, tmp_path / "parts")
     assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
     assert again["after/held_out_reward"] == report["after/held_out_reward"]
+
+
+def test_a_look_does_not_depend_on_how_many_pictures_are_held(world):
+    """Only a batch of pictures is in memory, and each prompt has its own noise."""
+    _, _, latents, teacher, _, lora, stage = world
+    model = load_teacher(teacher)
+    merge_lora(model.unet, lora)
+    looks = []
+    for batch_size in (6, 2):
+        evaluation = EVALUATION.model_copy(update={"batch_size": batch_size})
+        studio = nodes._studio(model, nodes.Judges.load(stage, model.device), evaluation, stage, latents)
+        held = [len(images) for _, images in studio.draw(model.denoiser(), range(4))]
+        assert max(held) <= batch_size and sum(held) == 4
+        looks.append(studio.look(model.denoiser()))
+    assert looks[0] == pytest.approx(looks[1], rel=1e-3, abs=1e-5) and looks[0]["distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_new_weights_under_the_same_name_are_another_training(world, tmp_path):
+    """Of a published reward too, whose weights are a section and not a path."""
+    from safetensors.torch import save_file
+
+    from hypersd_pipeline.rewards.hps_v2 import HpsV2Config
+
+    stage, file = world[-1], tmp_path / "hps.safetensors"
+    changed = stage.model_copy(update={"held_out": HpsV2Config(weights={"path": file})})
+    keys = []
+    for value in (0.0, 1.0):
+        save_file({"x": torch.full((1,), value)}, file)
+        keys.append(nodes.content_hashes(changed.judge_files()))
+    assert keys[0][0] == keys[1][0] and len(keys[0]) == 3  # the trained reward, this one, SOLO
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.502), (0.0, 1.0), (-0.5,)])
+def test_merge_weights_that_cannot_be_told_apart_are_refused(world, weights):
+    with pytest.raises(ValueError, match="merge_weights must be above 0 and differ in their first two decimals"):
+        FeedbackConfig.model_validate({**world[-1].model_dump(), "merge_weights": weights})
 
 
 def test_what_is_missing_is_said_before_any_step(world, tmp_path):

@@ -14,7 +14,7 @@ from hypersd_pipeline.objectives import feedback
 from hypersd_pipeline.perception.protocol import Instances
 from hypersd_pipeline.rewards import load_reward
 from hypersd_pipeline.rewards.shipped_quality import ShippedQualityConfig
-from hypersd_pipeline.training.feedback import STUDENT, Annotated, FeedbackStep, JudgementConfig, RewardTerm
+from hypersd_pipeline.training.feedback import STUDENT, Annotated, FeedbackStep, JudgementConfig, RewardTerm, decoded_one_by_one
 
 TARGETS = ("to_q", "to_v", "conv1")
 
@@ -78,6 +78,47 @@ def test_each_term_reaches_the_feedback_adapter_and_nothing_else(folder, term, c
     assert set(scalars) == {"anchor"} | ({"reward_shipped_quality"} if term == "reward" else set()) | (
         {"perceptual"} if term == "perceptual" else set()
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "gradient_steps", "perceptual_steps", "expected"),
+    [
+        (4, 2, None, {(499, 249)}),  # from half of the way, as UniFL, and never from noise without a picture
+        (4, 2, 3, {(749, 499), (749, 249)}),
+        (8, 3, None, {(499, 374), (499, 249), (499, 124)}),
+        (4, 2, 1, {(249, 249)}),
+        (1, 2, None, {(999, 999)}),
+    ],
+)
+def test_where_a_noised_real_picture_starts_and_is_judged(folder, monkeypatch, steps, gradient_steps, perceptual_steps, expected):
+    """The gradient's step is later than the start, where there is a later one, and one of the last."""
+    from hypersd_pipeline.training import feedback as training
+
+    config = JudgementConfig(steps=steps, gradient_steps=gradient_steps, perceptual_steps=perceptual_steps)
+    _, _, step = build(folder, config, Brightness(), lambda quality: [])
+    starts, ends = [], []
+    noised = training.add_noise
+    monkeypatch.setattr(training, "add_noise", lambda x, z, t, schedule: starts.append(int(t[0])) or noised(x, z, t, schedule))
+    monkeypatch.setattr(feedback, "advance", lambda student, x, timesteps, cond, *more: ends.append(timesteps[-1]) or x)
+    for seed in range(12):
+        step._perceive(step.perceptual, inputs()[3], torch.Generator().manual_seed(seed))
+    assert set(zip(starts, ends, strict=True)) == expected
+
+
+def test_a_start_before_the_grid_is_refused():
+    with pytest.raises(ValueError, match="perceptual_steps is 5, more than the 4 steps of the grid"):
+        JudgementConfig(steps=4, perceptual_steps=5)
+
+
+def test_decoding_again_gives_the_same_pictures_and_gradients(folder):
+    model = load_teacher(TeacherConfig(source=str(folder)), parts=("vae",))
+    decode, found = lambda z: model.decode(z, clip=False), []  # noqa: E731
+    for draw in (lambda z: torch.cat([decode(one) for one in z.split(1)]), lambda z: decoded_one_by_one(decode, z)):
+        z = inputs()[0].requires_grad_()
+        images = draw(z)
+        images.square().mean().backward()
+        found.append((images.detach(), z.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_without_feedback_the_anchor_is_zero_and_it_grows(folder):

@@ -82,12 +82,7 @@ def load_mask2former(config: Mask2FormerConfig, device: torch.device | str = "cp
     from transformers import Mask2FormerForUniversalSegmentation, logging
 
     logging.disable_progress_bar()  # a bar per opened file would drown the stages' own
-    folder = _folder(config)
-    if config.sha256 is not None:
-        with open(folder / _FILES[1], "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if not found.startswith(config.sha256):
-            raise UserError(f"{folder / _FILES[1]}: its sha256 is {found}, not {config.sha256}; fetch the file again, or correct sha256.")
+    folder = mask2former_files(config)[0].parent
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         net, report = Mask2FormerForUniversalSegmentation.from_pretrained(folder, **options)
@@ -97,6 +92,17 @@ def load_mask2former(config: Mask2FormerConfig, device: torch.device | str = "cp
     if missing:
         raise UserError(f"{folder}: lacks weights of a Mask2Former ({missing[0]} and {len(missing) - 1} more); correct weights.")
     return Mask2Former(net.float(), _labels(config, net.config), config.score_threshold).to(device)
+
+
+def mask2former_files(config: Mask2FormerConfig) -> list[Path]:
+    """Configuration and weights, found, fetched and checked. Raises UserError."""
+    folder = _folder(config)
+    if config.sha256 is not None:
+        with open(folder / _FILES[1], "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not found.startswith(config.sha256):
+            raise UserError(f"{folder / _FILES[1]}: its sha256 is {found}, not {config.sha256}; fetch the file again, or correct sha256.")
+    return [folder / name for name in _FILES]
 
 
 def _labels(config: Mask2FormerConfig, published: Any) -> LabelMap:

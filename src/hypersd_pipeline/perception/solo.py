@@ -151,15 +151,21 @@ def load_solo(config: SoloConfig, device: torch.device | str = "cpu") -> Solo:
     Raises:
         UserError: the weights are missing, are of another network, or would need code to be run to be read.
     """
-    path = _local(config)
-    if config.sha256 is not None and not (found := _sha256(path)).startswith(config.sha256):
-        raise UserError(f"{path}: its sha256 is {found}, not {config.sha256}; fetch the file again, or correct sha256.")
+    (path,) = solo_files(config)
     if path.suffix == ".safetensors":
         model = load_small_solo(path)
         if config.variant is not None and model.name != f"small_{config.variant}":
             raise UserError(f"{path}: holds a {model.name.removeprefix('small_')}, not a {config.variant}; correct variant.")
         return model.to(device)
     return _load_published(config, path).to(device)
+
+
+def solo_files(config: SoloConfig) -> list[Path]:
+    """The weights, found, fetched and checked. Raises UserError."""
+    path = _local(config)
+    if config.sha256 is not None and not (found := _sha256(path)).startswith(config.sha256):
+        raise UserError(f"{path}: its sha256 is {found}, not {config.sha256}; fetch the file again, or correct sha256.")
+    return [path]
 
 
 def _local(config: SoloConfig) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,10 @@ class HpsV2Config(Strict):
     kind: Literal["hps_v2"] = "hps_v2"
     weights: Weights = Weights(repo="xswu/HPSv2", file="HPS_v2.1_compressed.pt")
     clip_model: str = "ViT-H-14"
+
+    def files(self) -> list[Path]:
+        """The weights, found, fetched and checked. Raises UserError."""
+        return [find_weights(self.weights, "hps_v2.weights")]
 
 
 class HpsV2(nn.Module):
@@ -58,5 +63,5 @@ def load_hps_v2(config: HpsV2Config, device: torch.device | str) -> HpsV2:
         UserError: the file is missing, has another sha256, or holds another architecture.
     """
     check_open_clip(config.clip_model, "hps_v2.clip_model")
-    path = find_weights(config.weights, "hps_v2.weights")
+    (path,) = config.files()
     return HpsV2(build_open_clip(config.clip_model, path, "hps_v2.clip_model")).to(device)

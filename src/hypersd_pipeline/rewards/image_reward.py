@@ -86,6 +86,10 @@ class ImageRewardConfig(Strict):
     weights: Weights = Weights(repo="THUDM/ImageReward", file="ImageReward.pt")
     shape: BlipShape = BlipShape()
 
+    def files(self) -> list[Path]:
+        """The weights, found, fetched and checked. Raises UserError."""
+        return [find_weights(self.weights, "image_reward.weights")]
+
 
 class ImageReward(nn.Module):
     """About -2.3 to 2: standardised, so that 0 is the mean and 1 the deviation of the pictures it was calibrated on."""
@@ -148,7 +152,7 @@ def load_image_reward(config: ImageRewardConfig, device: torch.device | str) -> 
     Raises:
         UserError: the file is missing, has another sha256, or holds another architecture.
     """
-    path = find_weights(config.weights, "image_reward.weights")
+    (path,) = config.files()
     tensors = from_published(read_tensors(path), path)
     model = ImageReward(config.shape)
     load_strictly(model, tensors, path)

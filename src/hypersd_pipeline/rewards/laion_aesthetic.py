@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,10 @@ class LaionAestheticConfig(Strict):
     clip: Weights = Weights(repo="timm/vit_large_patch14_clip_224.openai", file="open_clip_model.safetensors")
     clip_model: str = "ViT-L-14-quickgelu"
 
+    def files(self) -> list[Path]:
+        """Head and tower, found, fetched and checked. Raises UserError."""
+        return [find_weights(self.head, "laion_aesthetic.head"), find_weights(self.clip, "laion_aesthetic.clip")]
+
 
 class LaionAesthetic(nn.Module):
     """About 1 to 10, most pictures 4 to 7; prompts are ignored. The embedding is L2-normalised before the head."""
@@ -56,7 +61,7 @@ def load_laion_aesthetic(config: LaionAestheticConfig, device: torch.device | st
         UserError: a file is missing, has another sha256, or holds another architecture.
     """
     width = check_open_clip(config.clip_model, "laion_aesthetic.clip_model")["embed_dim"]
-    head_file, clip_file = find_weights(config.head, "laion_aesthetic.head"), find_weights(config.clip, "laion_aesthetic.clip")
+    head_file, clip_file = config.files()
     head = PredictorHead(width)
     load_strictly(head, read_tensors(head_file), head_file)
     visual = build_open_clip(config.clip_model, clip_file, "laion_aesthetic.clip_model").visual  # the text tower is let go

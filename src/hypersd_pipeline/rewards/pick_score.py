@@ -27,6 +27,12 @@ class PickScoreConfig(Strict):
     kind: Literal["pick_score"] = "pick_score"
     weights: Weights = Weights(repo="yuvalkirstain/PickScore_v1", file="model.safetensors")
 
+    def files(self) -> list[Path]:
+        """The weights and what lies beside them, found, fetched and checked. Raises UserError."""
+        if Path(self.weights.path or self.weights.file or "").name != "model.safetensors":
+            raise UserError("pick_score.weights: the file must be a model.safetensors, with its config.json beside it.")
+        return [find_weights(self.weights, "pick_score.weights", beside=("config.json",))]
+
 
 class PickScore(nn.Module):
     """``exp(logit_scale) cos(picture, prompt)``: about 16 to 26. The scale is 100; published tables show a hundredth, 0.16 to 0.26."""
@@ -61,9 +67,7 @@ def load_pick_score(config: PickScoreConfig, device: torch.device | str) -> Pick
     """
     from transformers import CLIPModel
 
-    if Path(config.weights.path or config.weights.file or "").name != "model.safetensors":
-        raise UserError("pick_score.weights: the file must be a model.safetensors, with its config.json beside it.")
-    path = find_weights(config.weights, "pick_score.weights", beside=("config.json",))
+    (path,) = config.files()
     try:
         model, info = CLIPModel.from_pretrained(path.parent, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except Exception as error:  # transformers raises whatever the files provoke

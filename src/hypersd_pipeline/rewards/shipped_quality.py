@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +19,10 @@ class ShippedQualityConfig(Strict):
     """Nothing to choose: the files ship with the package."""
 
     kind: Literal["shipped_quality"] = "shipped_quality"
+
+    def files(self) -> list[Path]:
+        """None of the user's."""
+        return []
 
 
 class ShippedQuality(nn.Module):

@@ -92,6 +92,15 @@ class TextImageConfig(Strict):
     kind: Literal["text_image"] = "text_image"
     weights: Path = Path("data/06_models/text_image_reward") / FILE
 
+    def files(self) -> list[Path]:
+        """The trained head. Raises UserError where it is missing."""
+        path = self.weights.expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"text_image.weights: {path} does not exist; run 'kedro run --pipelines reward_models', or name another file there."
+            )
+        return [path]
+
 
 class TextImageReward(nn.Module):
     """Mean 0 and deviation 1 on winners that it was not trained on (clean pictures with their own captions); broken pictures and wrong
@@ -135,11 +144,7 @@ def load_text_image(config: TextImageConfig, device: torch.device | str) -> Text
     Raises:
         UserError: the file is missing or damaged, is no text-image reward, or was trained on another dual encoder.
     """
-    path = config.weights.expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"text_image.weights: {path} does not exist; run 'kedro run --pipelines reward_models', or name another file there."
-        )
+    (path,) = config.files()
     tensors, metadata = read_checked(path)
     if metadata.get("role") not in ("trained", "held_out"):
         raise UserError(f"{path}: is no text-image reward; train one with 'kedro run --pipelines reward_models'.")

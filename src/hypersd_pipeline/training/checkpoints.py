@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,15 @@ log = logging.getLogger(__name__)
 def fingerprint(*parts: Any) -> str:
     """A short hash of anything JSON can write: what a checkpoint must agree with to be continued."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def content_hashes(files: Iterable[Path]) -> list[str]:
+    """sha256 of each file: what a training stands on may be written anew under the same name."""
+    hashes = []
+    for path in files:
+        with open(path, "rb") as content:
+            hashes.append(hashlib.file_digest(content, "sha256").hexdigest())
+    return hashes
 
 
 class CheckpointStore:

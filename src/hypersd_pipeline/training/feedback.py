@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -30,14 +30,28 @@ class JudgementConfig(Strict):
         gradient_steps: how many of the last steps may be the one with gradient; one is drawn per update.
         anchor_weight: of the squared distance between the latents and those of the distilled model without feedback.
         perceptual_weight: of the perceptual model's loss.
-        decode_checkpointing: recompute the VAE's decoder in the backward pass, for SDXL's memory.
+        perceptual_steps: how many steps before the end a noised real picture starts; null: half of the grid, as UniFL's 10 of 20. From
+            pure noise nothing of the picture would be left, and its instances could not be asked for.
+        decode_checkpointing: decode picture by picture, and again in the backward pass, for SDXL's memory.
     """
 
     steps: int = Field(default=4, ge=1)
     gradient_steps: int = Field(default=2, ge=1)
     anchor_weight: float = Field(default=1.0, ge=0)
     perceptual_weight: float = Field(default=1.0, ge=0)
+    perceptual_steps: int | None = Field(default=None, ge=1)
     decode_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _on_the_grid(self) -> JudgementConfig:
+        if self.perceptual_steps is not None and self.perceptual_steps > self.steps:
+            raise ValueError(f"perceptual_steps is {self.perceptual_steps}, more than the {self.steps} steps of the grid")
+        return self
+
+    @property
+    def noised_at(self) -> int:
+        """Which point of the grid, counted from 0, real pictures are noised to."""
+        return self.steps - (self.perceptual_steps or max(1, self.steps // 2))
 
 
 @dataclass(frozen=True)
@@ -111,8 +125,8 @@ class FeedbackStep:
 
     def _perceive(self, perceptual: PerceptualModel, real: Annotated, generator: torch.Generator) -> Tensor:
         """Noise real latents to a point of the grid, come back to a later one, and judge the picture against its instances (eq. 14)."""
-        end = self._gradient_step(generator)
-        start = int(torch.randint(0, end + 1, (1,), generator=generator))
+        start = self.config.noised_at
+        end = self._gradient_step(generator, after=start)
         z = torch.randn(real.latents.shape, generator=generator).to(real.latents)
         at = torch.full((len(z),), self.timesteps[start], device=z.device)
         x_t = feedback.advance(
@@ -121,11 +135,19 @@ class FeedbackStep:
         clean = feedback.predict_clean(self.student, x_t, self.timesteps[end], real.cond, *self.prediction)
         return perceptual.loss(self._decoded(clean), real.instances)
 
-    def _gradient_step(self, generator: torch.Generator) -> int:
-        last = min(self.config.gradient_steps, len(self.timesteps))
-        return int(torch.randint(len(self.timesteps) - last, len(self.timesteps), (1,), generator=generator))
+    def _gradient_step(self, generator: torch.Generator, after: int = -1) -> int:
+        """One of the grid's last ``gradient_steps``, later than the point ``after`` where there is a later one."""
+        count = len(self.timesteps)
+        first = min(max(count - self.config.gradient_steps, after + 1, 0), count - 1)
+        return int(torch.randint(first, count, (1,), generator=generator))
 
     def _decoded(self, clean: Tensor) -> Tensor:
-        if self.config.decode_checkpointing:
-            return checkpoint(self.decode, clean, use_reentrant=False)  # type: ignore[no-any-return]
-        return self.decode(clean)
+        return decoded_one_by_one(self.decode, clean) if self.config.decode_checkpointing else self.decode(clean)
+
+
+def decoded_one_by_one(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    """Pictures whose decoding is computed again in the backward pass, one by one: then the decoder's activations are held for one only.
+
+    At 1024 pixels they take about 23 GB a picture in float32. Around a whole batch, checkpointing would hold all of them at once.
+    """
+    return torch.cat([checkpoint(decode, one, use_reentrant=False) for one in latents.split(1)])

@@ -22,7 +22,7 @@ from hypersd_pipeline.pipelines.evaluation.nodes import evaluate_stage, evaluate
 from hypersd_pipeline.pipelines.evaluation.results import long_table
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.pipelines.tscd.nodes import distil
-from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
+from hypersd_pipeline.training.checkpoints import CheckpointStore, content_hashes, fingerprint
 from hypersd_pipeline.training.distillation import StageConfig
 
 
@@ -129,7 +129,8 @@ def conditions(teacher: TeacherConfig, latents: LatentCache, evaluation: Evaluat
 
 def stage_identity(stage: StageConfig | OneStepConfig) -> dict[str, Any]:
     """What a stage's weights depend on, of its configuration."""
-    return {**stage.model_dump(mode="json"), "loop": stage.loop.identity()}
+    judges = {"judges": content_hashes(stage.judge_files())} if isinstance(stage, OneStepConfig) and stage.rewards else {}
+    return {**stage.model_dump(mode="json"), "loop": stage.loop.identity(), **judges}
 
 
 def frame_of(name: str, seed: int, record: Mapping[str, float]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -68,6 +69,10 @@ class OneStepConfig(Strict):
         if self.adversarial.weight and self.adversarial.encoder == "adapter":
             raise ValueError("adversarial.encoder: the one-step stages have the frozen encoder only; use frozen")
         return self
+
+    def judge_files(self) -> list[Path]:
+        """The weights of all rewards; see `FeedbackConfig.judge_files`."""
+        return [path for term in self.rewards for path in term.reward.files()]
 
     @property
     def needs_pairs(self) -> bool:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.diffusion.sampling import Denoiser
@@ -25,12 +24,12 @@ from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.pipelines.tscd.nodes import Batches
 from hypersd_pipeline.rewards import load_reward
 from hypersd_pipeline.training.adversary import Adversary
-from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
+from hypersd_pipeline.training.checkpoints import CheckpointStore, content_hashes, fingerprint
 from hypersd_pipeline.training.cost import measure_forward, with_matching_cost
 from hypersd_pipeline.training.distillation import DistillationStep, StageConfig, changed
 from hypersd_pipeline.training.distribution import CRITIC, Batch, Critic, MatchingStep
 from hypersd_pipeline.training.ema import ema_update
-from hypersd_pipeline.training.feedback import RewardTerm
+from hypersd_pipeline.training.feedback import RewardTerm, decoded_one_by_one
 from hypersd_pipeline.training.loop import MetricStream, Stateful, make_accelerator, train
 
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -127,10 +126,9 @@ def train_unet(
     """
     accelerator = make_accelerator(stage.loop)
     model = _load(teacher, stage, latents, accelerator)
-    student = copy.deepcopy(model.unet)
+    student = copy.deepcopy(model.unet).float().requires_grad_(True)  # in bf16 a LoRA, or an update of 1e-6, would round away
     if start is not None:
         merge_lora(student, start)
-    student.float().requires_grad_(True)  # an update of 1e-6 would round away in bf16; autocast computes in it all the same
     average = copy.deepcopy(student).requires_grad_(False)
     if stage.ema_on_cpu:
         average.cpu()
@@ -197,7 +195,7 @@ class _Setup:
 
     def _decode(self, latents: Tensor) -> Tensor:
         decode = functools.partial(self.model.decode, clip=False)
-        return checkpoint(decode, latents, use_reentrant=False) if self.stage.decode_checkpointing else decode(latents)  # type: ignore[no-any-return]
+        return decoded_one_by_one(decode, latents) if self.stage.decode_checkpointing else decode(latents)
 
     def fed_to(self, step: MatchingStep, kept: Callable[[torch.Generator], Loss] | None = None) -> Callable[[torch.Generator], Loss]:
         """The loss as the loop calls it; ``kept`` is the consistency loss that is mixed in."""
@@ -250,7 +248,10 @@ def _train(
     """Run the loop; the key holds all that the weights depend on, ``mixed`` (the consistency stage) too."""
     stage, model, adversary = setup.stage, setup.model, setup.adversary
     batch = setup.draw(torch.Generator().manual_seed(0))
-    own = {**stage.model_dump(mode="json", exclude={"feedback_weight", "sampling_eta"}), "loop": stage.loop.identity()}
+    costs_only = {"gradient_checkpointing", "decode_checkpointing", "ema_on_cpu"}  # one may change them after running out of memory
+    own = {**stage.model_dump(mode="json", exclude={"feedback_weight", "sampling_eta"} | costs_only), "loop": stage.loop.identity()}
+    kept = mixed and {**mixed.model_dump(mode="json"), "loop": {"batch_size": mixed.loop.batch_size}}
+    judges = content_hashes(stage.judge_files())
     base = [model.content_hash("unet"), model.prediction_type, model.config.dtype, model.scheduler_config()]
     report = train(
         name,
@@ -258,7 +259,7 @@ def _train(
         loss_fn=loss_fn,
         config=stage.loop,
         state={**state, **setup.state()},
-        key=fingerprint(name, own, mixed and mixed.model_dump(mode="json"), latents.key, base, lora_key(start)),
+        key=fingerprint(name, own, kept, judges, latents.key, base, lora_key(start)),
         checkpoints=checkpoints,
         metrics=metric_stream,
         accelerator=setup.accelerator,

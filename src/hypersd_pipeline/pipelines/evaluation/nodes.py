@@ -98,7 +98,7 @@ class Bench:
             to_clean=contract.only is not None,
         )
         shown: list[Image.Image] = []
-        scores = self.scorer.score_all(_watched(batches, shown, self.config.grid_prompts))
+        scores = self.scorer.score_all(watched(batches, shown, self.config.grid_prompts))
         metrics = self.figures(split, f"{steps}_steps", scores)
         log.info(
             "%s, %d steps: %s",
@@ -121,7 +121,7 @@ class Bench:
         return metrics | mean_estimate(scores.quality, **options).flat(f"{prefix}image_quality/{row}")
 
 
-def _watched(batches: Iterable[Tensor], shown: list[Image.Image], n: int) -> Iterable[Tensor]:
+def watched(batches: Iterable[Tensor], shown: list[Image.Image], n: int) -> Iterable[Tensor]:
     """Pass batches on and keep the first ``n`` pictures."""
     for batch in batches:
         shown.extend(to_pil(image) for image in batch[: n - len(shown)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.perception.config import PerceptualModelConfig
+from hypersd_pipeline.perception.load import perceptual_files
 from hypersd_pipeline.rewards import RewardConfig
 from hypersd_pipeline.training.distillation import LoraConfig
 from hypersd_pipeline.training.feedback import JudgementConfig
@@ -47,3 +49,22 @@ class FeedbackConfig(Strict):
     loop: LoopConfig
     merge_weights: Annotated[tuple[float, ...], Field(min_length=1)] = (0.5, 1.0)
     test_pictures: int = Field(default=200, ge=1)
+
+    @field_validator("merge_weights")
+    @classmethod
+    def _named_by_two_digits(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if min(weights) <= 0 or len({f"{weight:.2f}" for weight in weights}) < len(weights):
+            raise ValueError("merge_weights must be above 0 and differ in their first two decimals, which name the merged LoRAs")
+        return weights
+
+    def judge_files(self) -> list[Path]:
+        """The weights of all judges, found, fetched and checked.
+
+        Raises:
+            UserError: one is missing or has another sha256.
+        """
+        rewards = [*(term.reward for term in self.rewards), self.held_out]
+        return [
+            *(path for reward in rewards for path in reward.files()),
+            *([] if self.perceptual is None else perceptual_files(self.perceptual)),
+        ]

@@ -18,7 +18,7 @@ from hypersd_pipeline.diffusion.grids import trailing_timesteps
 from hypersd_pipeline.diffusion.schedule import add_noise
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.metrics.features import load_features
-from hypersd_pipeline.metrics.grids import labelled_grid, to_pil
+from hypersd_pipeline.metrics.grids import labelled_grid
 from hypersd_pipeline.metrics.mask_ap import mask_ap
 from hypersd_pipeline.models.adapters import AdaptedUNet, checkpoint_gradients
 from hypersd_pipeline.models.lora import Contract, LoRA, combine, lora_key, merge_lora
@@ -27,12 +27,12 @@ from hypersd_pipeline.objectives import feedback as objective
 from hypersd_pipeline.perception.annotations import AnnotatedSplit
 from hypersd_pipeline.perception.load import load_perceptual_model
 from hypersd_pipeline.perception.protocol import PerceptualModel
-from hypersd_pipeline.pipelines.evaluation.nodes import Bench
+from hypersd_pipeline.pipelines.evaluation.nodes import Bench, watched
 from hypersd_pipeline.pipelines.evaluation.sampling import generate
 from hypersd_pipeline.pipelines.feedback.config import FeedbackConfig
 from hypersd_pipeline.pipelines.feedback.report import tradeoff_plot
 from hypersd_pipeline.pipelines.feedback.studio import Judges, Studio
-from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
+from hypersd_pipeline.training.checkpoints import CheckpointStore, content_hashes, fingerprint
 from hypersd_pipeline.training.feedback import STUDENT, Annotated, FeedbackStep, RewardTerm
 from hypersd_pipeline.training.guard import Guard
 from hypersd_pipeline.training.loop import MetricStream, make_accelerator, train
@@ -79,7 +79,7 @@ def train_feedback(
         loss_fn=source.fed_to(step),
         config=stage.loop,
         state={"adapters": adapters, "guard": guard},
-        key=_key(stage, model, latents, lora, perceptual),
+        key=_key(stage, model, latents, lora),
         checkpoints=checkpoints,
         metrics=metric_stream,
         accelerator=accelerator,
@@ -104,19 +104,9 @@ def _adapters(model: Teacher, lora: LoRA, stage: FeedbackConfig) -> AdaptedUNet:
     return adapters
 
 
-def _key(stage: FeedbackConfig, model: Teacher, latents: LatentCache, lora: LoRA, perceptual: PerceptualModel | None) -> str:
+def _key(stage: FeedbackConfig, model: Teacher, latents: LatentCache, lora: LoRA) -> str:
     own = {**stage.model_dump(mode="json", exclude={"merge_weights", "test_pictures"}), "loop": stage.loop.identity()}
-    files = [_file_hash(term.reward) for term in stage.rewards] + [_file_hash(stage.held_out), _file_hash(stage.perceptual)]
-    return fingerprint(own, files, latents.key, model.content_hash("unet"), lora_key(lora))
-
-
-def _file_hash(config: object) -> str | None:
-    """Of the weights a configuration names, so that newly trained rewards start the training anew."""
-    import hashlib
-
-    weights = getattr(config, "weights", None)
-    path = Path(str(weights)).expanduser() if weights else None
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
+    return fingerprint(own, content_hashes(stage.judge_files()), latents.key, model.content_hash("unet"), lora_key(lora))
 
 
 class _Source:
@@ -163,7 +153,10 @@ def _studio(model: Teacher, judges: Judges, evaluation: EvaluationConfig, stage:
     rows = torch.arange(min(stage.guard.prompts, len(split)))
     features = load_features(evaluation.features, model.device)
     cond = split.conditioning(rows).to(model.device)
-    return Studio(model, judges, features, split.captions(rows), cond, stage.judgement.steps, stage.loop.seed, stage.guard.variants)
+    return Studio(
+        model, judges, features, split.captions(rows), cond, stage.judgement.steps, stage.loop.seed, stage.guard.variants,
+        evaluation.batch_size,
+    )  # fmt: skip
 
 
 def merge_feedback(lora: LoRA, feedback_lora: LoRA, stage: FeedbackConfig) -> dict[str, LoRA]:
@@ -194,8 +187,9 @@ def measure_tradeoff(
     perceptual = None if stage.perceptual is None else load_perceptual_model(stage.perceptual, bench.teacher.device)
     split, steps = bench.splits["test"], stage.judgement.steps
     studio = Studio(
-        bench.teacher, judges, bench.scorer.features, split.prompts, bench.cond["test"], steps, evaluation.seed, stage.guard.variants
-    )
+        bench.teacher, judges, bench.scorer.features, split.prompts, bench.cond["test"], steps, evaluation.seed, stage.guard.variants,
+        evaluation.batch_size,
+    )  # fmt: skip
     timesteps = contract.timesteps(steps, bench.teacher.schedule.num_train_timesteps)
     merge_lora(bench.teacher.unet, lora)
     lines, columns, before = [], [], 0.0
@@ -204,16 +198,17 @@ def measure_tradeoff(
         merge_lora(bench.teacher.unet, feedback_lora, weight - before)
         before = weight
         options: dict[str, Any] = {"seed": evaluation.seed, "batch_size": evaluation.batch_size, "eta": contract.eta}
-        batches = list(generate(bench.teacher, bench.cond["test"], timesteps, **options))
+        shown: list[Image.Image] = []
+        batches = watched(generate(bench.teacher, bench.cond["test"], timesteps, **options), shown, evaluation.grid_prompts)
         figures = bench.figures("test", f"{steps}_steps", bench.scorer.score_all(batches))
         if weight <= 1:
             headline = {**figures, "samples": float(len(split))}
         line = {"weight": weight, **{name.split("/")[0]: v for name, v in figures.items() if not name.endswith(("_low", "_high"))}}
         line |= studio.look(bench.teacher.denoiser())
         if perceptual is not None:
-            line |= _noised_real_ap(manifest, data, latents, bench.teacher, perceptual, stage, evaluation.seed)
+            line |= _noised_real_ap(manifest, data, latents, bench.teacher, perceptual, stage, evaluation)
         lines.append(line)
-        columns.append((f"feedback x {weight:g}", [to_pil(image) for image in batches[0][: evaluation.grid_prompts]]))
+        columns.append((f"feedback x {weight:g}", shown))
     frame = pd.DataFrame(lines)
     metrics: dict[str, Any] = {f"w_{line['weight']:.2f}": {k: float(v) for k, v in line.items() if k != "weight"} for line in lines}
     return frame, {**headline, **metrics}, tradeoff_plot(frame), labelled_grid(columns, split.prompts[: evaluation.grid_prompts])
@@ -227,15 +222,15 @@ def _noised_real_ap(
     model: Teacher,
     perceptual: PerceptualModel,
     stage: FeedbackConfig,
-    seed: int,
+    evaluation: EvaluationConfig,
 ) -> dict[str, float]:
-    """Mask AP on test pictures that were noised to the second point of the student's grid and drawn again from there."""
+    """Mask AP on test pictures that were noised as in the training and drawn again from there."""
     annotated = AnnotatedSplit(manifest, data, "test", model.resolution, perceptual.labels)
     rows = annotated.annotated()[: stage.test_pictures]
     split, grid = latents.split("test"), trailing_timesteps(stage.judgement.steps, model.schedule.num_train_timesteps).tolist()
-    start = grid[min(1, len(grid) - 1) :]
-    generator, images = torch.Generator().manual_seed(seed), []
-    for picks in rows.split(32):
+    start = grid[stage.judgement.noised_at :]
+    generator, images = torch.Generator().manual_seed(evaluation.seed), []
+    for picks in rows.split(evaluation.batch_size):
         clean = split.sample(picks, None)
         z = torch.randn(clean.shape, generator=generator).to(model.device)
         at = torch.full((len(picks),), start[0], device=model.device)

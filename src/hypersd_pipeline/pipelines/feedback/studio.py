@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,8 +18,6 @@ from hypersd_pipeline.pipelines.evaluation.sampling import prompt_noise
 from hypersd_pipeline.pipelines.feedback.config import FeedbackConfig
 from hypersd_pipeline.rewards import Reward, load_reward
 from hypersd_pipeline.training.guard import HELD_OUT, TRAINED
-
-BATCH = 32
 
 
 @dataclass
@@ -46,8 +44,7 @@ class Judges:
 
 
 def _mean(reward: Reward, images: Tensor, prompts: Sequence[str]) -> float:
-    parts = [reward.score(images[i : i + BATCH], prompts[i : i + BATCH]).sum() for i in range(0, len(images), BATCH)]
-    return float(torch.stack(parts).sum()) / len(images)
+    return float(reward.score(images, prompts).mean())
 
 
 @dataclass
@@ -56,6 +53,7 @@ class Studio:
 
     Args:
         variants: pictures of each of the first quarter of the prompts, for the diversity.
+        batch_size: pictures that are drawn, and held, at a time.
     """
 
     model: Teacher
@@ -66,34 +64,41 @@ class Studio:
     steps: int
     seed: int
     variants: int
+    batch_size: int
     _first: Tensor | None = field(default=None, init=False)
 
     @torch.no_grad()
-    def draw(self, denoiser: Denoiser, indices: range, variant: int = 0) -> Tensor:
-        """Pictures ``[n, 3, r, r]`` in [0, 1] of the prompts ``indices``."""
+    def draw(self, denoiser: Denoiser, indices: range, variant: int = 0) -> Iterator[tuple[list[str], Tensor]]:
+        """Batches of prompts and their pictures ``[b, 3, r, r]`` in [0, 1]; only one is held at a time."""
         shape = (self.model.latent_channels, self.model.latent_size, self.model.latent_size)
         grid = trailing_timesteps(self.steps, self.model.schedule.num_train_timesteps)
-        noise = prompt_noise(indices, shape, self.seed, draw=1000 * variant).to(self.model.device)
-        parts = []
-        for start in range(0, len(indices), BATCH):
-            rows = slice(indices.start + start, min(indices.start + start + BATCH, indices.stop))
-            cond = self.cond[rows].to(self.model.device)
-            latents = sample_ddim(denoiser, noise[start : start + BATCH], cond, grid, self.model.schedule, self.model.prediction_type)
-            parts.append(self.model.decode(latents))
-        return torch.cat(parts)
+        for start in range(indices.start, indices.stop, self.batch_size):
+            rows = range(start, min(start + self.batch_size, indices.stop))
+            noise = prompt_noise(rows, shape, self.seed, draw=1000 * variant).to(self.model.device)
+            part = slice(rows.start, rows.stop)
+            cond = self.cond[part].to(self.model.device)
+            latents = sample_ddim(denoiser, noise, cond, grid, self.model.schedule, self.model.prediction_type)
+            yield self.prompts[part], self.model.decode(latents)
 
     @torch.no_grad()
     def look(self, denoiser: Denoiser, distilled: Denoiser | None = None) -> dict[str, float]:
         """Rewards, ``diversity`` and ``distance`` (cosine, between features) from the pictures of ``distilled`` or of the first look."""
-        if self._first is None:
-            self._first = self._features(self.draw(distilled or denoiser, range(len(self.prompts))))
-        images = self.draw(denoiser, range(len(self.prompts)))
-        own = self._features(images)
+        if self._first is None and distilled is not None:
+            self._first = self._features(distilled, range(len(self.prompts)))
+        sums: dict[str, float] = {}
+        parts = []
+        for prompts, images in self.draw(denoiser, range(len(self.prompts))):
+            for name, value in self.judges.scores(images, prompts).items():
+                sums[name] = sums.get(name, 0.0) + value * len(prompts)
+            parts.append(self.features(images))
+        own = torch.cat(parts)
+        self._first = own if self._first is None else self._first
         distance = 1 - torch.nn.functional.cosine_similarity(own, self._first, dim=-1).mean()
         few = range(max(1, len(self.prompts) // 4))
-        variants = [own[: len(few)], *(self._features(self.draw(denoiser, few, v)) for v in range(1, self.variants))]
+        variants = [own[: len(few)], *(self._features(denoiser, few, v) for v in range(1, self.variants))]
         diversity = pairwise_distance(torch.stack(variants, dim=1)).mean()
-        return {**self.judges.scores(images, self.prompts), "diversity": float(diversity), "distance": float(distance)}
+        means = {name: total / len(self.prompts) for name, total in sums.items()}
+        return {**means, "diversity": float(diversity), "distance": float(distance)}
 
-    def _features(self, images: Tensor) -> Tensor:
-        return torch.cat([self.features(part) for part in images.split(BATCH)])
+    def _features(self, denoiser: Denoiser, indices: range, variant: int = 0) -> Tensor:
+        return torch.cat([self.features(images) for _, images in self.draw(denoiser, indices, variant)])

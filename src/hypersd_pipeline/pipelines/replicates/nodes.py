@@ -30,7 +30,7 @@ from hypersd_pipeline.pipelines.feedback.config import FeedbackConfig
 from hypersd_pipeline.pipelines.feedback.nodes import measure_tradeoff, train_feedback
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
 from hypersd_pipeline.pipelines.tscd.nodes import distil
-from hypersd_pipeline.training.checkpoints import CheckpointStore, fingerprint
+from hypersd_pipeline.training.checkpoints import CheckpointStore, content_hashes, fingerprint
 from hypersd_pipeline.training.distillation import StageConfig, changed
 
 
@@ -90,7 +90,8 @@ class Chain:
             flat = {f"{w}/{name}": value for w, line in lines.items() if isinstance(line, dict) for name, value in line.items()}
             return {**s.evaluate(combine(lora, tuned, 1.0)), **flat}
 
-        record = self._keep("feedback", stage.model_dump(mode="json"), report, figures)
+        identity = {**stage.model_dump(mode="json"), "judges": content_hashes(stage.judge_files())}
+        record = self._keep("feedback", identity, report, figures)
         for weight in sorted({0.0, *stage.merge_weights}):
             prefix = f"w_{weight:.2f}/"
             line = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
