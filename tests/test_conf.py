@@ -53,6 +53,12 @@ def test_full_size_environments_hold_the_papers_sizes(env, source, resolution):
         assert (stage.loop.batch_size, stage.loop.learning_rate, stage.loop.mixed_precision) == (512, 1e-6, "bf16")
         assert stage.loop.batch_size % stage.loop.accumulate == 0
         assert stage.gradient_checkpointing == (env == "sdxl")
+    for name in ("dmd", "one_step_unet", "baseline_dmd2", "baseline_dmd"):
+        one_step = OneStepConfig(**values[name]["stage"])
+        assert one_step.matching.critic.updates == (10 if env == "sd15" else 5)  # DMD2's ratios
+        assert one_step.loop.mixed_precision == "bf16" and one_step.loop.batch_size // one_step.loop.accumulate <= 16
+        assert one_step.gradient_checkpointing == (env == "sdxl") and one_step.lora.rank in (16, 64)
+        assert one_step.loop.learning_rate == (3e-5 if one_step.loop.optimizer == "adafactor" else 1e-6)
 
 
 SDXL_UNET: dict[str, Any] = {

@@ -72,10 +72,10 @@ def test_cells_are_the_issue_s_and_cost_the_same():
 
 
 def test_budgets_are_in_images_where_batches_differ():
-    """A batch of 8 in two passes of 4: each pass 2 + (3 + 2 * 2) + 5 * 2 / 4 forward passes on 4 images, and 4 pairs of 2 steps before."""
+    """A batch of 8 in two passes of 4: each pass 2 + (3 + 2) + 5 * 2 / 4 forward passes on 4 images, and 4 pairs of 2 steps before."""
     larger = changed(ONE_STEP, loop={"batch_size": 8, "accumulate": 2})
     (cell,) = plan(AblationConfig(budget=1000, only=("Hyper-SD",)), TSCD, {}, larger, {})
-    assert cell.batch == 4 and cell.stages[-1].loop.steps == round((500 - 2) / (2 * 11.5))
+    assert cell.batch == 4 and cell.stages[-1].loop.steps == round((500 - 2) / (2 * 9.5))
     (tcd,) = planned(AblationConfig(budget=1000, only=("TCD",)))
     (twice,) = plan(AblationConfig(budget=1000, only=("TCD",)), TSCD, {"TCD": (stage(1, loop=dict(LOOP, batch_size=8)),)}, ONE_STEP, {})
     assert (tcd.stages[0].loop.steps, twice.stages[0].loop.steps) == (200, 100)

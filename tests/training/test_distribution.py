@@ -17,7 +17,7 @@ from hypersd_pipeline.rewards.base import straight_through_clamp
 from hypersd_pipeline.rewards.shipped_quality import ShippedQualityConfig
 from hypersd_pipeline.training.adversary import AdversarialConfig, Adversary
 from hypersd_pipeline.training.cost import matching_forwards
-from hypersd_pipeline.training.distribution import CRITIC, Batch, Critic, CriticConfig, MatchingConfig, MatchingStep
+from hypersd_pipeline.training.distribution import CRITIC, Batch, Critic, CriticConfig, MatchingConfig, MatchingStep, shares
 from hypersd_pipeline.training.feedback import RewardTerm
 
 SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
@@ -283,6 +283,44 @@ def test_one_unet_is_resident(teacher):
     assert {len(adapters.parameters(name)) for name in adapters.names} == {len(step.critic.parameters)}
 
 
+@pytest.mark.parametrize(
+    ("updates", "passes", "draws", "weights", "steps"),
+    [
+        (5, 1, [5], [1], [1]),
+        (2, 4, [1, 1, 1, 1], [1 / 2] * 4, [0, 1, 0, 1]),
+        (3, 4, [1, 1, 1, 1], [1 / 2, 1 / 2, 1, 1], [0, 1, 1, 1]),
+        (10, 4, [2, 3, 2, 3], [1] * 4, [1] * 4),
+        (1, 3, [1, 1, 1], [1 / 3] * 3, [0, 0, 1]),
+        (4, 4, [1] * 4, [1] * 4, [1] * 4),
+    ],
+)
+def test_how_the_critics_updates_are_spread_over_the_passes(updates, passes, draws, weights, steps):
+    found = list(shares(updates, passes))
+    assert [share.draws for share in found] == draws and [share.steps for share in found] == [bool(s) for s in steps]
+    assert [share.weight for share in found] == pytest.approx(weights)
+    assert sum(share.draws for share in found if share.steps) == updates
+
+
+def test_one_update_takes_the_mean_gradient_of_its_passes(teacher):
+    """A critic with one update on two passes of 2 samples steps once, where one with a pass of 4 steps to."""
+    samples, cond = torch.randn(4, 4, 8, 8, generator=generator(4)), batch(4).cond
+    noise = iter([*torch.randn(4, 4, 8, 8, generator=generator(5)).split(2), torch.randn(4, 4, 8, 8, generator=generator(5))])
+    found = []
+    for passes in (2, 1):
+        model, adapters = load(teacher)
+        critic = Critic(adapters, CriticConfig(updates=1), model.schedule, model.prediction_type, passes)
+        critic.optimizer.step = lambda critic=critic: found.append([p.grad.clone() for p in critic.parameters])
+        for part in torch.arange(4).chunk(passes):
+            fixed = torch.Generator().manual_seed(0)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "randint", lambda high, size, **_: torch.full(size, 400))
+                patch.setattr(torch, "randn", lambda *_, **__: next(noise))
+                critic.update(samples[part], cond[part], fixed)
+    assert len(found) == 2  # one step of each
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 def test_a_non_finite_critic_step_is_left_out(teacher):
     _, adapters, step = build(teacher, config())
     before, cond = copies(adapters, CRITIC), batch().cond
@@ -436,7 +474,10 @@ def test_the_shipped_reward_through_the_tiny_decoder(teacher):
         ({"consistency_weight": 1.0, "consistency_batch": 16}, False, True, 10),  # a full UNet has no other steps to keep
         ({"matching_weight": 0.0, "regression_weight": 1.0}, False, False, 2),
         ({"matching_weight": 0.0, "regression_weight": 1.0}, True, True, 3 + 3 * 0.35),
+        ({"critic": CriticConfig(updates=5), "passes": 2}, False, False, 2 + 2 + 1 + 2 * 2.5),
+        ({"critic": CriticConfig(updates=5), "passes": 16}, False, False, 2 + 2 + 1 + 2),  # once a pass, for the mean gradient
     ],
 )
 def test_ideal_cost_by_hand(changes, adversarial, full, expected):
-    assert matching_forwards(config(**changes), 32, 0.35, adversarial=adversarial, full=full) == pytest.approx(expected)
+    passes = changes.pop("passes", 1)
+    assert matching_forwards(config(**changes), 32, 0.35, adversarial=adversarial, full=full, passes=passes) == pytest.approx(expected)

@@ -112,7 +112,7 @@ def test_a_start_before_the_grid_is_refused():
 
 def test_decoding_again_gives_the_same_pictures_and_gradients(folder):
     model = load_teacher(TeacherConfig(source=str(folder)), parts=("vae",))
-    decode, found = lambda z: model.decode(z, clip=False), []  # noqa: E731
+    decode, found = lambda z: model.decode(z, clip=False), []
     for draw in (lambda z: torch.cat([decode(one) for one in z.split(1)]), lambda z: decoded_one_by_one(decode, z)):
         z = inputs()[0].requires_grad_()
         images = draw(z)

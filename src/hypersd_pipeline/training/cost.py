@@ -76,21 +76,20 @@ def _further_solver_steps(config: StageConfig) -> float:
 
 
 def matching_forwards(
-    config: MatchingConfig, batch: int, encoder_share: float, *, adversarial: bool, full: bool, again: bool = False
+    config: MatchingConfig, batch: int, encoder_share: float, *, adversarial: bool, full: bool, again: bool = False, passes: int = 1
 ) -> float:
-    """Forward equivalents of one update of a one-step stage without any overhead.
+    """Forward equivalents of one pass of a one-step stage without any overhead.
 
-    Student 2 (3 where all its weights are trained); real score 2, fake score 1, critic 2 for each of its updates, on the samples that are
-    matched; the consistency loss 5 of
-    its own, smaller batch; the adversary's encoder two forward and one back. Gradient checkpointing (``again``) adds one for whatever is
-    recomputed. Decoding for rewards is not counted.
+    Student 2 (3 where all its weights are trained); real score 2, fake score 1, critic 2 for each of its updates (at least once a pass), on
+    the samples that are matched; the consistency loss 5 of its own, smaller batch; the adversary's encoder two forward and one back.
+    Gradient checkpointing (``again``) adds one for whatever is recomputed. Decoding for rewards is not counted.
 
     Args:
-        batch: samples a pass.
+        batch: samples a pass. passes: of an update.
     """
     more = 1.0 if again else 0.0
     student = (3.0 if full else 2.0) + more
-    scores = 3.0 + (2.0 + more) * config.critic.updates if config.matching_weight else 0.0
+    scores = 3.0 + (2.0 + more) * max(1.0, config.critic.updates / passes) if config.matching_weight else 0.0
     scores *= min(config.matching_batch or batch, batch) / batch
     kept = (5.0 + more) * config.consistency_batch / batch if config.consistency_weight and not full else 0.0
     return student + scores + kept + ((3.0 + more) * encoder_share if adversarial else 0.0)
@@ -107,7 +106,9 @@ def with_matching_cost(
     """`with_cost` for a one-step stage."""
     batch = loop.batch_size // loop.accumulate
     return _costed(
-        report, lambda share: matching_forwards(config, batch, share, adversarial=adversarial, full=full, again=again), loop.accumulate
+        report,
+        lambda share: matching_forwards(config, batch, share, adversarial=adversarial, full=full, again=again, passes=loop.accumulate),
+        loop.accumulate,
     )
 
 

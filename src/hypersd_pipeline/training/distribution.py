@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ class CriticConfig(Strict):
     """The network that learns what the student makes; an adapter on the frozen teacher, which it starts as.
 
     Attributes:
-        updates: of the critic for each pass of the student (with gradient accumulation an update has several passes), all on that pass's
-            samples, with new noise and times.
+        updates: of the critic for each update of the student, on the student's samples of that update, with new noise and times. With
+            gradient accumulation they are spread over the passes: where there are fewer updates than passes, each takes the mean gradient
+            of several; where there are more, a pass has several.
         learning_rate, betas: of its AdamW. max_grad_norm: clipping.
     """
 
@@ -82,6 +84,23 @@ class MatchingConfig(Strict):
         return renoise
 
 
+@dataclass(frozen=True)
+class Share:
+    """A pass's part in the critic's updates: how often it draws noise, the weight of each gradient, and whether the optimiser steps."""
+
+    draws: int
+    weight: float
+    steps: bool
+
+
+def shares(updates: int, passes: int) -> Iterator[Share]:
+    """``updates`` steps spread evenly over ``passes``; the last pass always ends with one."""
+    done = [p * updates // passes for p in range(passes + 1)]  # steps before each pass, and after all
+    for before, after in pairwise(done):
+        together = sum(other == before for other in done[:-1])  # passes whose gradients one step takes
+        yield Share(max(1, after - before), 1 / together, steps=after > before)
+
+
 class Critic:
     """The fake score: an adapter on the frozen teacher, trained on what the student makes, without guidance.
 
@@ -89,27 +108,34 @@ class Critic:
     is left out.
     """
 
-    def __init__(self, adapters: AdaptedUNet, config: CriticConfig, schedule: Schedule, prediction_type: PredictionType) -> None:
+    def __init__(
+        self, adapters: AdaptedUNet, config: CriticConfig, schedule: Schedule, prediction_type: PredictionType, passes: int = 1
+    ) -> None:
         self.config, self.schedule, self.prediction_type = config, schedule, prediction_type
+        self.shares, self.passes_done = list(shares(config.updates, passes)), 0
         self.denoiser = adapters.denoiser(CRITIC)
         self.parameters = adapters.parameters(CRITIC)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
 
     def update(self, samples: Tensor, cond: Conditioning, generator: torch.Generator) -> Tensor:
-        """``updates`` steps on the student's clean samples ``[b, c, h, w]``, with ``t ~ U[0, T)``; the mean denoising loss."""
+        """A pass's part of the ``updates``, on the student's clean samples ``[b, c, h, w]``, with ``t ~ U[0, T)``; the mean loss."""
         samples, losses = samples.detach(), []
-        for _ in range(self.config.updates):
+        share = self.shares[self.passes_done]
+        self.passes_done = (self.passes_done + 1) % len(self.shares)
+        for _ in range(share.draws):
             t = torch.randint(self.schedule.num_train_timesteps, (len(samples),), generator=generator).to(samples.device)
             z = torch.randn(samples.shape, generator=generator).to(samples)
             output = self.denoiser(add_noise(samples, z, t, self.schedule), t, cond)
             loss = dmd.critic_loss(output, samples, z, t, self.schedule, self.prediction_type)
-            loss.backward(inputs=self.parameters)
+            (loss * share.weight).backward(inputs=self.parameters)
+            losses.append(loss.detach())
+            if not share.steps:
+                continue
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
             if bool(torch.isfinite(norm)):
                 self.optimizer.step()
                 torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # or autocast computes on with the weights as they were
             self.optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
         return torch.stack(losses).mean()
 
     def state_dict(self) -> dict[str, Any]:

@@ -137,7 +137,9 @@ def step_forwards(stage: StageConfig | OneStepConfig, batch: int, encoder_share:
         return own * ideal_forwards(stage, encoder_share)
     images = stage.loop.batch_size // stage.loop.accumulate
     judged, again = stage.adversarial.weight > 0, stage.gradient_checkpointing
-    return own * matching_forwards(stage.matching, images, encoder_share, adversarial=judged, full=False, again=again)
+    return own * matching_forwards(
+        stage.matching, images, encoder_share, adversarial=judged, full=False, again=again, passes=stage.loop.accumulate
+    )
 
 
 def prepared_forwards(stage: StageConfig | OneStepConfig, batch: int) -> float:

@@ -168,7 +168,9 @@ class _Setup:
         self.stage, self.model, self.adapters, self.accelerator, self.pairs = stage, model, adapters, accelerator, pairs
         self.data, self.size = latents.split("train"), stage.loop.batch_size // stage.loop.accumulate
         self.critic = (
-            Critic(adapters, stage.matching.critic, model.schedule, model.prediction_type) if stage.matching.matching_weight else None
+            Critic(adapters, stage.matching.critic, model.schedule, model.prediction_type, stage.loop.accumulate)
+            if stage.matching.matching_weight
+            else None
         )
         self.adversary: Adversary | None = None
         if stage.adversarial.weight:
