@@ -69,3 +69,10 @@ def test_segmentation_feedback_without_masks_is_refused_before_anything_runs(ked
     parameters = f"data.source.kind=folder,data.source.root={tmp_path}"
     line = error_of(kedro(pytestconfig.rootpath, "run", "--pipelines", "full_distill", "--params", parameters))
     assert "feedback.stage.perceptual" in line and "set it to null" in line
+
+
+@pytest.mark.parametrize("key", ["feedback.stage.held_out.weights", "feedback.stage.perceptual.weights"])
+def test_missing_weights_of_a_judge_are_said_before_anything_runs(kedro, pytestconfig, tmp_path, key):
+    """Not after days of distillation."""
+    line = error_of(kedro(pytestconfig.rootpath, "run", "--pipelines", "full_distill", "--params", f"{key}={tmp_path}/none.safetensors"))
+    assert "feedback.stage: " in line and f"{tmp_path}/none.safetensors" in line and "kedro run --pipelines" in line

@@ -137,6 +137,23 @@ def check_inputs(pipeline: Pipeline, catalog: CatalogProtocol) -> None:
             raise UserError(f"'{name}'{f' ({where})' if where else ''} is missing; {_cure(name)}.")
 
 
+def check_judges(pipeline: Pipeline, catalog: CatalogProtocol) -> None:
+    """Find the weights of every reward and segmenter of `pipeline`, before stages that may train for days.
+
+    Raises:
+        UserError: naming the stage, the missing file and the cure. Judges that the run itself makes are not looked for.
+    """
+    if pipeline.all_outputs() & {"text_image_reward", "held_out_reward", "segmentation_model"}:
+        return
+    for name in sorted(pipeline.inputs()):
+        find = getattr(catalog.load(name), "judge_files", None) if name.startswith("params:") and name in catalog else None
+        if find is not None:
+            try:
+                find()
+            except UserError as error:
+                raise UserError(f"{name.removeprefix('params:')}: {error}") from error
+
+
 def _cure(dataset: str) -> str:
     """The command that makes `dataset`: the smallest registered pipeline with it among its outputs."""
     pipelines.set_requested(None)

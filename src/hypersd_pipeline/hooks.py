@@ -43,8 +43,9 @@ class ChecksHook:
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-        """Raises UserError for a parameter or an input file that is not there."""
+        """Raises UserError for a parameter, an input file or a judge's weights that are not there."""
         checks.check_inputs(pipeline, catalog)
+        checks.check_judges(pipeline, catalog)
 
 
 class TrackingHook(MlflowHook):

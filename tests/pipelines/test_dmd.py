@@ -477,3 +477,12 @@ def test_the_unet_takes_all_terms(world, start, tmp_path):
     _, report = dedicated(world, tmp_path / "c", start, stream, matching={"regression_weight": 0.5}, **more)
     assert {"critic", "matching", "regression", "adversarial", "reward_shipped_quality"} <= set(logged[0])
     assert report["total_skipped_steps"] == 0
+
+
+def test_a_time_input_beyond_the_schedule_is_refused_before_pairs_are_made(world, tmp_path):
+    stage = one_step({"time_input": 1000, "regression_weight": 1.0})
+    with pytest.raises(UserError, match=r"time_input is 1000, but the teacher's timesteps end at 999"):
+        make_pairs(world[1], world[0], stage)(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="time_input is 1000"):
+        unified(world, tmp_path / "c", one_step({"time_input": 1000}))

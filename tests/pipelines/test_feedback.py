@@ -141,6 +141,17 @@ def test_new_weights_under_the_same_name_are_another_training(world, tmp_path):
     assert keys[0] != keys[1]
 
 
+def test_a_held_out_reward_of_another_kind_is_laid_over_bases(world):
+    """As an environment's `held_out: {kind: ...}` is merged with conf/base, whose packaged weights stay in it."""
+    packaged = "src/hypersd_pipeline/assets/judges/held_out_reward.safetensors"
+    values = world[-1].model_dump()
+    for kind in ("shipped_quality", "laion_aesthetic", "image_reward"):
+        stage = FeedbackConfig.model_validate({**values, "held_out": {"kind": kind, "weights": packaged}})
+        assert stage.held_out.kind == kind
+    with pytest.raises(ValueError, match="weights"):
+        FeedbackConfig.model_validate({**values, "held_out": {"kind": "laion_aesthetic", "weights": "mine.pth"}})
+
+
 @pytest.mark.parametrize("weights", [(0.5, 0.502), (0.0, 1.0), (-0.5,)])
 def test_merge_weights_that_cannot_be_told_apart_are_refused(world, weights):
     with pytest.raises(ValueError, match="merge_weights must be above 0 and differ in their first two decimals"):

@@ -13,7 +13,7 @@ from hypersd_pipeline.training.loop import LoopConfig, make_accelerator, train
 LOOP = LoopConfig(steps=12, batch_size=1, learning_rate=0.1, log_every=1, checkpoint_every=4)
 
 
-def run(path, held_out, steps=12):
+def run(path, held_out, steps=12, every=2):
     """A training whose trained reward rises, and whose held-out reward is told; the weight counts the updates."""
     weight = torch.nn.Parameter(torch.zeros(1))
     looks = []
@@ -23,7 +23,8 @@ def run(path, held_out, steps=12):
         return {"trained_reward": float(weight.detach()), "held_out_reward": held_out(float(weight.detach()))}
 
     seen = []
-    guard = Guard(GuardConfig(every=2, patience=2, tolerance=0.05), look, [weight], lambda values, step: seen.append((step, values)))
+    config = GuardConfig(every=every, patience=2, tolerance=0.05)
+    guard = Guard(config, look, [weight], lambda values, step: seen.append((step, values)), last=steps)
     figures = train(
         "toy", parameters=[weight], loss_fn=lambda g: (-weight.sum(), {}), config=LOOP.model_copy(update={"steps": steps}),
         state={"guard": guard, "weight": torch.nn.ParameterList([weight])}, key="k", checkpoints=CheckpointStore(path),
@@ -50,6 +51,12 @@ def test_a_fall_within_tolerance_or_of_both_is_no_hacking(tmp_path):
     assert not guard.hacked and [step for step, _ in seen] == [0, 2, 4, 6, 8, 10, 12]
     assert weight.item() == pytest.approx(1.2, abs=0.01) and guard.figures()["after/trained_reward"] == pytest.approx(1.2, abs=0.01)
     assert figures["mean_step_seconds"] > 0
+
+
+def test_the_last_look_is_at_the_weights_that_are_left(tmp_path):
+    weight, guard, seen, _, _ = run(tmp_path, lambda w: 1.0 + w, every=5)
+    assert [step for step, _ in seen] == [0, 5, 10, 12]
+    assert guard.figures()["after/trained_reward"] == weight.item()
 
 
 def test_one_suspicious_look_between_good_ones_is_forgiven(tmp_path):

@@ -40,6 +40,7 @@ class Guard:
     Args:
         look: draws and scores; has at least ``trained_reward`` (their mean) and ``held_out_reward``.
         parameters: what is trained; brought back to the last good look when training is ended.
+        last: the stage's last step, at which there is a look too.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Guard:
         look: Callable[[], dict[str, float]],
         parameters: list[torch.nn.Parameter],
         metrics: Callable[[dict[str, float], int], None],
+        last: int,
     ) -> None:
-        self.config, self.look, self.parameters, self.metrics = config, look, parameters, metrics
+        self.config, self.look, self.parameters, self.metrics, self.last = config, look, parameters, metrics, last
         self.history: list[dict[str, float]] = []
         self.good: list[Tensor] = [p.detach().clone() for p in parameters]
 
@@ -57,7 +59,7 @@ class Guard:
         """Whether training is to end here."""
         if self.hacked:
             return True
-        if step % self.config.every == 0 and (not self.history or self.history[-1]["step"] < step):
+        if (step % self.config.every == 0 or step == self.last) and (not self.history or self.history[-1]["step"] < step):
             values = self.look()
             self.history.append({**values, "step": float(step)})
             self.metrics({f"guard/{name}": value for name, value in values.items()}, step)

@@ -11,18 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hypersd_pipeline.config import Strict
-from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,13 @@ class LoopConfig(Strict):
     max_bad_steps: int = Field(default=10, ge=1)
     max_rollbacks: int = Field(default=2, ge=0)
 
+    @field_validator("optimizer")
+    @classmethod
+    def _installed(cls, optimizer: str) -> str:
+        if optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+            raise ValueError("adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use adafactor")
+        return optimizer
+
     @model_validator(mode="after")
     def _whole_passes(self) -> LoopConfig:
         if self.batch_size % self.accumulate:
@@ -110,20 +117,14 @@ def _exact_convolutions_after() -> Iterator[None]:
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
-    """The main optimiser of a stage.
-
-    Raises:
-        UserError: ``adamw_8bit`` without bitsandbytes.
-    """
+    """The main optimiser of a stage."""
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     match config.optimizer:
         case "adafactor":
             return torch.optim.Adafactor(parameters, **options)
         case "adamw_8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit
-            except ImportError as error:
-                raise UserError("loop.optimizer: adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use adafactor.") from error
+            from bitsandbytes.optim import AdamW8bit
+
             return AdamW8bit(parameters, betas=config.betas, **options)  # type: ignore[no-any-return]
         case _:
             fused = bool(parameters) and all(p.is_cuda for p in parameters)

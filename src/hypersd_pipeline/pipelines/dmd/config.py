@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hypersd_pipeline.config import Strict
+from hypersd_pipeline.diffusion.schedule import Schedule
+from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.pipelines.feedback.config import RewardTermConfig
 from hypersd_pipeline.training.adversary import AdversarialConfig
 from hypersd_pipeline.training.distillation import LoraConfig
@@ -69,6 +71,14 @@ class OneStepConfig(Strict):
         if self.adversarial.weight and self.adversarial.encoder == "adapter":
             raise ValueError("adversarial.encoder: the one-step stages have the frozen encoder only; use frozen")
         return self
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raises UserError for a time input that the teacher's schedule does not have."""
+        if self.matching.time_input >= schedule.num_train_timesteps:
+            raise UserError(
+                f"stage.matching.time_input is {self.matching.time_input}, but the teacher's timesteps end at "
+                f"{schedule.num_train_timesteps - 1}; lower it."
+            )
 
     def judge_files(self) -> list[Path]:
         """The weights of all rewards; see `FeedbackConfig.judge_files`."""

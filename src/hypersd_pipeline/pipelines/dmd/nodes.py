@@ -294,6 +294,7 @@ def _consistency(
 def _load(teacher: TeacherConfig, stage: OneStepConfig, latents: LatentCache, accelerator: Accelerator) -> Teacher:
     model = load_teacher(teacher, parts=("unet", "vae") if stage.rewards else ("unet",), device=accelerator.device)
     latents.require_teacher(model)
+    stage.check_schedule(model.schedule)
     return model
 
 

@@ -56,10 +56,10 @@ def read_pairs(folder: Path, key: str) -> Pairs:
     """
     path = folder / FILE
     if not path.is_file():
-        raise UserError(f"{path} is missing; run the stage from its node 'pairs' on.")
+        raise UserError(f"{path} is missing; run the stage's whole pipeline, which makes it.")
     with safe_open(path, framework="pt") as file:
         if (file.metadata() or {}).get("key") != key:
-            raise UserError(f"{path} was made with another model or other settings; run the stage from its node 'pairs' on.")
+            raise UserError(f"{path} was made with another model or other settings; run the stage's whole pipeline, which makes it anew.")
         return Pairs(*(file.get_tensor(name) for name in ("noise", "target", "rows")))
 
 
@@ -70,6 +70,7 @@ def _write(folder: Path, latents: LatentCache, teacher: TeacherConfig, stage: On
     config = stage.pairs
     model = load_teacher(teacher, parts=("unet",))
     latents.require_teacher(model)
+    stage.check_schedule(model.schedule)
     key, path = pairs_key(config, latents, model, start), folder / FILE
     if path.is_file():
         with safe_open(path, framework="pt") as file:

@@ -51,8 +51,11 @@ def markdown(frame: pd.DataFrame, config: EvaluationConfig) -> str:
     for split, title in (("test", "Seen names, new combinations (`test`)"), ("test_unseen", "Names held out altogether (`test_unseen`)")):
         part = frame[frame.split == split]
         if len(part):
-            how = f"{part.samples.iloc[0]} prompts, seed {config.seed}, noise shared by all rows; DDIM, trailing grid"
-            parts.append(f"## {title}\n\n{how}; teacher with guidance scale {config.guidance_scale:g}, LoRAs without.\n\n{_pivot(part)}\n")
+            how = (
+                f"{part.samples.iloc[0]} prompts, seed {config.seed}, noise shared by all rows. The teacher is sampled with DDIM on "
+                f"the trailing grid, guidance scale {config.guidance_scale:g}; each model as its card says, without guidance."
+            )
+            parts.append(f"## {title}\n\n{how}\n\n{_pivot(part)}\n")
     return "\n".join(parts)
 
 

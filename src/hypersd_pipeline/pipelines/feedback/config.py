@@ -16,6 +16,9 @@ from hypersd_pipeline.training.feedback import JudgementConfig
 from hypersd_pipeline.training.guard import GuardConfig
 from hypersd_pipeline.training.loop import LoopConfig
 
+PACKAGED = "src/hypersd_pipeline/assets/judges/"
+"""Where the judges of the embedded default lie."""
+
 
 class RewardTermConfig(Strict):
     """Attributes: ``reward``, ``alpha`` (the score from which on a picture is good enough) and the ``weight`` of its hinge loss."""
@@ -49,6 +52,14 @@ class FeedbackConfig(Strict):
     loop: LoopConfig
     merge_weights: Annotated[tuple[float, ...], Field(min_length=1)] = (0.5, 1.0)
     test_pictures: int = Field(default=200, ge=1)
+
+    @field_validator("held_out", mode="before")
+    @classmethod
+    def _of_another_kind(cls, held_out: object) -> object:
+        """An environment that names another kind is laid over base, whose packaged weights stay behind; they are not meant."""
+        if isinstance(held_out, dict) and held_out.get("kind") != "text_image" and str(held_out.get("weights", "")).startswith(PACKAGED):
+            return {name: value for name, value in held_out.items() if name != "weights"}
+        return held_out
 
     @field_validator("merge_weights")
     @classmethod

@@ -72,7 +72,8 @@ def train_feedback(
     )
     student = adapters.parameters(STUDENT)
     studio = _studio(model, judges, evaluation, stage, latents)
-    guard = Guard(stage.guard, lambda: studio.look(adapters.denoiser(STUDENT), adapters.denoiser(None)), student, metric_stream)
+    look = lambda: studio.look(adapters.denoiser(STUDENT), adapters.denoiser(None))  # noqa: E731
+    guard = Guard(stage.guard, look, student, metric_stream, last=stage.loop.steps)
     report = train(
         "feedback",
         parameters=student,
