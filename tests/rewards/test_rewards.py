@@ -9,6 +9,7 @@ from typing import Any
 
 import open_clip
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
@@ -16,13 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.adapters import AdaptedUNet
 from hypersd_pipeline.models.dual_encoder import load_dual_encoder
+from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.rewards import Reward, RewardConfig, load_reward, straight_through_clamp
 from hypersd_pipeline.rewards.image_reward import IGNORED, MEAN, STD, BlipShape, ImageReward, ImageRewardConfig, from_published
 from hypersd_pipeline.rewards.predictor import PredictorHead
 from hypersd_pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, crop_preprocess, pad_preprocess
 from hypersd_pipeline.rewards.text_image import TextImageHead, TextImageHeadConfig, save_text_image
 from hypersd_pipeline.rewards.weights import Weights, find_weights, read_tensors
+from hypersd_pipeline.training.feedback import STUDENT, FeedbackStep, JudgementConfig, RewardTerm
 
 PROMPTS = ["a red fox on the left", "Two OWLS, blue background"]
 CLIP = {
@@ -229,6 +233,36 @@ def test_every_reward_scores_and_sends_gradient_to_every_pixel(kind: str, config
         assert float((gradient[chosen] != 0).float().mean()) > 0.9
     assert isinstance(reward, torch.nn.Module) and not reward.training
     assert all(not p.requires_grad and p.grad is None for p in reward.parameters())
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
+    return TeacherConfig(source=str(tiny.write_sd15(tmp_path_factory.mktemp("teacher"))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_rewards_gradient_reaches_the_students_adapter_and_nothing_else(
+    kind: str, configs: dict[str, dict[str, Any]], teacher: TeacherConfig
+) -> None:
+    reward, model = load(configs[kind]), load_teacher(teacher)
+    adapters = AdaptedUNet(model.unet, rank=2, target_modules=("to_q", "conv1"), names=(STUDENT,), trainable=(STUDENT,))
+    student = adapters.parameters(STUDENT)
+    with torch.no_grad():
+        for parameter in student:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    step = FeedbackStep(
+        adapters, JudgementConfig(anchor_weight=0), model.schedule, model.prediction_type,
+        lambda latents: model.decode(latents, clip=False), [RewardTerm(reward, alpha=1e4, weight=1.0)],
+    )  # fmt: skip
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    loss, _ = step(noise, model.encode_prompts(PROMPTS), PROMPTS, None, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in student)
+    assert sum(float(p.grad.abs().sum()) for p in student if p.grad is not None) > 0
+    assert isinstance(reward, torch.nn.Module)
+    ours = {id(p) for p in student}
+    others = [*model.unet.parameters(), *model.vae.parameters(), *reward.parameters()]
+    assert all(p.grad is None for p in others if id(p) not in ours)
 
 
 @pytest.mark.parametrize("kind", ["image_reward", "pick_score", "hps_v2", "text_image"])

@@ -11,7 +11,9 @@ from hypersd_pipeline.models.adapters import AdaptedUNet
 from hypersd_pipeline.models.lora import LoRA, combine, merge_lora
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.objectives import feedback
-from hypersd_pipeline.perception.protocol import Instances
+from hypersd_pipeline.perception.config import SmallSoloConfig
+from hypersd_pipeline.perception.protocol import Instances, LabelMap
+from hypersd_pipeline.perception.solo import new_small_solo
 from hypersd_pipeline.rewards import load_reward
 from hypersd_pipeline.rewards.shipped_quality import ShippedQualityConfig
 from hypersd_pipeline.training.feedback import STUDENT, Annotated, FeedbackStep, JudgementConfig, RewardTerm, decoded_one_by_one
@@ -108,6 +110,22 @@ def test_where_a_noised_real_picture_starts_and_is_judged(folder, monkeypatch, s
 def test_a_start_before_the_grid_is_refused():
     with pytest.raises(ValueError, match="perceptual_steps is 5, more than the 4 steps of the grid"):
         JudgementConfig(steps=4, perceptual_steps=5)
+
+
+@pytest.mark.parametrize("variant", ["solo", "solov2"])
+def test_solos_gradient_reaches_the_feedback_adapter_and_nothing_else(folder, variant):
+    """mmdet's own network, of random weights."""
+    solo = new_small_solo(SmallSoloConfig(variant=variant, input_size=64, base_channels=8, feat_channels=16), LabelMap(), seed=0)
+    model, adapters, step = build(folder, JudgementConfig(anchor_weight=0), solo, lambda quality: [])
+    moved(adapters)
+    noise, cond, prompts, real = inputs()
+    loss, scalars = step(noise, cond, prompts, real, torch.Generator().manual_seed(0))
+    loss.backward()
+    student = adapters.parameters(STUDENT)
+    assert scalars["perceptual"] > 0 and all(p.grad is not None and torch.isfinite(p.grad).all() for p in student)
+    assert sum(float(p.grad.abs().sum()) for p in student) > 0
+    ours = {id(p) for p in student}
+    assert all(p.grad is None for p in [*model.unet.parameters(), *model.vae.parameters(), *solo.parameters()] if id(p) not in ours)
 
 
 def test_decoding_again_gives_the_same_pictures_and_gradients(folder):
