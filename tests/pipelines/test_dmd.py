@@ -19,6 +19,7 @@ from hypersd_pipeline.models.one_step import CONTRACT
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.objectives.feedback import predict_clean
 from hypersd_pipeline.pipelines.dmd import nodes
+from hypersd_pipeline.pipelines.dmd import pairs as pairs_module
 from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
 from hypersd_pipeline.pipelines.dmd.pairs import FILE, make_pairs, pairs_key, read_pairs
 from hypersd_pipeline.pipelines.evaluation.sampling import generate, prompt_noise
@@ -157,6 +158,18 @@ def test_pairs_are_made_once(world, tmp_path):
     assert (tmp_path / FILE).stat().st_mtime_ns == stamp and torch.equal(first.target, again.target)
     other = made(world, tmp_path, with_pairs(seed=1))
     assert not torch.equal(first.noise, other.noise) and not torch.equal(first.target, other.target)
+
+
+def test_the_same_pairs_of_another_stage_are_copied(world, tmp_path, monkeypatch):
+    walked = []
+    walk_here = pairs_module.sample_ddim
+    monkeypatch.setattr(pairs_module, "sample_ddim", lambda *args, **more: walked.append(1) or walk_here(*args, **more))
+    first = made(world, tmp_path / "pairs_dmd", with_pairs())
+    calls = len(walked)
+    same_ones = made(world, tmp_path / "pairs_one_step_unet", with_pairs())
+    assert calls and len(walked) == calls and torch.equal(first.target, same_ones.target)
+    made(world, tmp_path / "pairs_third", with_pairs(seed=1))
+    assert len(walked) > calls and [p.name for p in (tmp_path / "pairs_one_step_unet").iterdir()] == [FILE]
 
 
 def test_pairs_of_something_else_or_none_are_refused(world, start, tmp_path):

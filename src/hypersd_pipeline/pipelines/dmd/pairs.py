@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ class Pairs:
 
 
 def make_pairs(latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, start: LoRA | None = None) -> Callable[[Path], None]:
-    """A writer of the stage's pairs; it writes nothing where they are not needed, or are there already."""
+    """A writer of the stage's pairs; it writes nothing where they are not needed, or are there already.
+
+    What another stage has made in a folder beside is copied: the unified LoRA and the one-step UNet start from the same model.
+    """
     return functools.partial(_write, latents=latents, teacher=teacher, stage=stage, start=start)
 
 
@@ -57,10 +61,15 @@ def read_pairs(folder: Path, key: str) -> Pairs:
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{path} is missing; run the stage's whole pipeline, which makes it.")
+    if _key_of(path) != key:
+        raise UserError(f"{path} was made with another model or other settings; run the stage's whole pipeline, which makes it anew.")
     with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("key") != key:
-            raise UserError(f"{path} was made with another model or other settings; run the stage's whole pipeline, which makes it anew.")
         return Pairs(*(file.get_tensor(name) for name in ("noise", "target", "rows")))
+
+
+def _key_of(path: Path) -> str | None:
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("key")
 
 
 @torch.no_grad()
@@ -72,11 +81,14 @@ def _write(folder: Path, latents: LatentCache, teacher: TeacherConfig, stage: On
     latents.require_teacher(model)
     stage.check_schedule(model.schedule)
     key, path = pairs_key(config, latents, model, start), folder / FILE
-    if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                log.info("%s: made before", path)
-                return
+    half_written = path.with_suffix(".tmp")
+    for made in (path, *sorted(folder.parent.glob(f"*/{FILE}"))):
+        if made.is_file() and _key_of(made) == key:
+            log.info("%s: made before", made)
+            if made != path:
+                shutil.copyfile(made, half_written)
+                os.replace(half_written, path)
+            return
     if config.source == "distilled" and start is not None:
         merge_lora(model.unet, start)
     data, generator = latents.split("train"), torch.Generator().manual_seed(config.seed)
@@ -91,6 +103,5 @@ def _write(folder: Path, latents: LatentCache, teacher: TeacherConfig, stage: On
             model.denoiser(), z.to(model.device), cond, grid, model.schedule, model.prediction_type, uncond=uncond, guidance_scale=scale
         )
         targets.append(walk.float().cpu())
-    half_written = path.with_suffix(".tmp")
     save_file({"noise": noise, "target": torch.cat(targets), "rows": rows}, half_written, metadata={"key": key})
     os.replace(half_written, path)
