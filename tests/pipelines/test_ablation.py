@@ -209,6 +209,25 @@ def test_intervals_by_hand():
     assert (b["mean"], b.low, b.high) == (7.0, 6.0, 9.0)
 
 
+def test_paired_differences_by_hand():
+    """Seeds that both have; what a seed adds to both cancels out."""
+
+    def line(model, seed, value, metric="fd_x_recon"):
+        return {
+            "model": model, "seed": seed, "row": "2_steps", "split": "test", "metric": metric, "samples": 9, "value": value,
+            "low": value - 1, "high": value + 1,
+        }  # fmt: skip
+
+    ours = [line("Hyper-SD", s, 10.0 + 5 * s) for s in (0, 1, 2)]
+    other = [line("TCD", s, 12.0 + 5 * s + d) for s, d in ((0, 0.0), (1, 1.0))] + [line("LCM", 0, 9.0)]
+    more = [line(m, 0, 1.0, metric) for m in ("Hyper-SD", "TCD", "LCM") for metric in ("clip_score", "image_quality")]
+    table, _ = report(pd.DataFrame(ours + other + more))
+    half = 12.71 * (0.5**0.5) / 2**0.5
+    assert f"|TCD|2|-2.5 ± {half:.2g}|" in table.split("### Hyper-SD minus each candidate")[1]
+    assert "|LCM|" not in table.split("### Hyper-SD minus each candidate")[1]
+    assert "minus each" not in report(pd.DataFrame([*ours[:1], *other[2:], *more]))[0]
+
+
 def test_records_count_only_under_their_key(tmp_path):
     store = RecordStore(tmp_path)
     store.put("8-4-2-1 MSE, previous stage seed 0", "k", {"x": 1.5})

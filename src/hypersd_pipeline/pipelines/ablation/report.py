@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+OURS = ("Hyper-SD", "8-4-2-1 hybrid", "unified")
 # two-sided 95 % quantiles of Student's t by degrees of freedom; beyond ten the normal one is near enough
 _T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 
@@ -16,12 +17,14 @@ def report(results: pd.DataFrame) -> tuple[str, Image.Image]:
     """One table (markdown) and one plot.
 
     A cell's figure is the mean over its seeds; its interval is Student's 95 % interval over them or, with one seed, the bootstrap interval
-    over prompts. The table has the Frechet distance to reconstructions and the CLIP score at each number of steps.
+    over prompts. Tables: the Frechet distance to reconstructions, the CLIP score and the image quality at each number of steps; and, from
+    two seeds on, by how much ours lie below each other candidate with the same seed, which what the seeds have in common does not blur.
     """
     summary = summarise(results)
     distance = next(metric for metric in summary.metric.unique() if metric.endswith("_recon"))
     parts = [_table(summary, distance, "Frechet distance to the teacher's reconstructions (lower is better)")]
     parts += [_table(summary, metric, title) for metric, title in (("clip_score", "CLIP score"), ("image_quality", "Image quality"))]
+    parts += [table for ours in OURS if (table := _paired(results, distance, ours))]
     return "\n\n".join(parts) + "\n", _plot(summary[summary.metric == distance])
 
 
@@ -53,6 +56,26 @@ def _table(summary: pd.DataFrame, metric: str, title: str) -> str:
         shown = [_cell(cells[n], model != "teacher" and cells[n].mean == best[n]) if n in cells else "" for n in steps]
         lines.append([str(model), str(group.seeds.max()), *shown])
     return f"### {title}\n\n" + "\n".join("|" + "|".join(line) + "|" for line in lines)
+
+
+def _paired(results: pd.DataFrame, metric: str, ours: str) -> str | None:
+    """Mean difference of ``ours`` to each candidate that has two seeds with it, seed by seed, with Student's 95 % interval."""
+    part = results[(results.split == "test") & (results.metric == metric) & results.row.str.endswith("_steps")]
+    table = part[part.model != "teacher"].pivot_table(index=["model", "seed"], columns="row", values="value")
+    if ours not in table.index:
+        return None
+    mine = table.loc[ours].dropna(axis=1)
+    rows = sorted(mine.columns, key=lambda row: int(str(row).removesuffix("_steps")))
+    steps = [str(row).removesuffix("_steps") for row in rows]
+    lines = []
+    for other in (name for name in part.model.unique() if name not in (ours, "teacher")):
+        differences = (mine - table.loc[other])[rows].dropna()
+        if len(differences) > 1:
+            cells = [f"{mean:+.3g} ± {half:.2g}" for mean, half in (student_interval(differences[row]) for row in rows)]
+            lines.append([other, str(len(differences)), *cells])
+    head = ["candidate", "seeds", *(f"{n} step{'s' if n != '1' else ''}" for n in steps)]
+    shown = "\n".join("|" + "|".join(line) + "|" for line in [head, ["-"] * len(head), *lines])
+    return f"### {ours} minus each candidate, Frechet distance (below zero: {ours} is better)\n\n{shown}" if lines else None
 
 
 def _cell(row: object, best: bool) -> str:
