@@ -46,6 +46,11 @@ def student_interval(values: pd.Series) -> tuple[float, float | None]:
     return float(values.mean()), _T.get(n - 1, 1.96) * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None
 
 
+def plain(half: float | None) -> str:
+    """Two digits, never with an exponent for the sizes that figures have here."""
+    return "?" if half is None else f"{half:.0f}" if half >= 100 else f"{half:.2g}"
+
+
 def _table(summary: pd.DataFrame, metric: str, title: str) -> str:
     part = summary[summary.metric == metric]
     steps = sorted(part[part.model != "teacher"].steps.unique())
@@ -71,7 +76,7 @@ def _paired(results: pd.DataFrame, metric: str, ours: str) -> str | None:
     for other in (name for name in part.model.unique() if name not in (ours, "teacher")):
         differences = (mine - table.loc[other])[rows].dropna()
         if len(differences) > 1:
-            cells = [f"{mean:+.3g} ± {half:.2g}" for mean, half in (student_interval(differences[row]) for row in rows)]
+            cells = [f"{mean:+.3g} ± {plain(half)}" for mean, half in (student_interval(differences[row]) for row in rows)]
             lines.append([other, str(len(differences)), *cells])
     head = ["candidate", "seeds", *(f"{n} step{'s' if n != '1' else ''}" for n in steps)]
     shown = "\n".join("|" + "|".join(line) + "|" for line in [head, ["-"] * len(head), *lines])

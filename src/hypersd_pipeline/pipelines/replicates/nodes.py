@@ -21,7 +21,7 @@ from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA, combine
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.pipelines.ablation.nodes import conditions, frame_of, stage_identity
-from hypersd_pipeline.pipelines.ablation.report import student_interval
+from hypersd_pipeline.pipelines.ablation.report import plain, student_interval
 from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
 from hypersd_pipeline.pipelines.dmd.nodes import choose_start, train_unet, unify
 from hypersd_pipeline.pipelines.dmd.pairs import make_pairs
@@ -188,5 +188,5 @@ def feedback_table(tradeoff: pd.DataFrame) -> str:
     lines = [head, ["-"] * len(head)]
     for name in figures:
         cells = [student_interval(tradeoff[tradeoff.weight == weight][name]) for weight in weights]
-        lines.append([name, *(f"{mean:.4g}" + ("" if half is None else f" ± {half:.2g}") for mean, half in cells)])
+        lines.append([name, *(f"{mean:.4g}" + ("" if half is None else f" ± {plain(half)}") for mean, half in cells)])
     return "\n".join("|" + "|".join(line) + "|" for line in lines) + "\n"
