@@ -89,25 +89,32 @@ def _cell(row: object, best: bool) -> str:
 
 
 def _plot(part: pd.DataFrame) -> Image.Image:
+    """A panel for each number of steps, a row for each candidate: the mean and its interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.5), dpi=110, layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     teacher = part[part.model == "teacher"].set_index("steps")["mean"]
-    students = [m for m in part.model.unique() if m != "teacher"]
-    for i, model in enumerate(students):
-        group = part[part.model == model].sort_values("steps")
-        error = np.stack([group["mean"] - group.low, group.high - group["mean"]]).clip(min=0)
-        shift = 2 ** (0.012 * (i - len(students) / 2))  # so that intervals do not cover each other
-        line = "-" if model.startswith("8-4") else "--" if model.startswith("k=1") else ":"
-        look = {"marker": "osD^vP*X"[i % 8], "markersize": 4, "linestyle": line, "linewidth": 1.2, "capsize": 2}
-        axes.errorbar(group.steps * shift, group["mean"], yerr=error, label=model, **look)  # type: ignore[arg-type]
-    if len(teacher):
-        axes.axhline(teacher[teacher.index.max()], color="black", linewidth=1, label=f"teacher, {teacher.index.max()} steps, guided")
-    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance to reconstructions", xticks=sorted(part.steps.unique()))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    students = part[part.model != "teacher"]
+    names, steps = list(students.model.unique()), sorted(students.steps.unique())
+    figure = Figure(figsize=(3 + 2.3 * len(steps), 1.3 + 0.26 * len(names)), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
+    for panel, n in zip(panels, steps, strict=True):
+        for row in students[students.steps == n].itertuples():
+            error = np.array([[row.mean - row.low], [row.high - row.mean]]).clip(min=0)
+            panel.errorbar(row.mean, names.index(row.model), xerr=error, fmt="o", markersize=4, capsize=2, color=_color(str(row.model)))
+        low, high = panel.get_xlim()
+        if len(teacher) and low < teacher[teacher.index.max()] < high:
+            panel.axvline(teacher[teacher.index.max()], color="black", linewidth=1, linestyle=":")
+        panel.set(title=f"{n} step{'s' if n > 1 else ''}", yticks=range(len(names)), yticklabels=names)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    guided = f" (dotted: the teacher's {teacher.index.max()} steps)" if len(teacher) else ""
+    figure.supxlabel(f"Frechet distance to reconstructions, lower is better{guided}", fontsize=10)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _color(model: str) -> str:
+    """The method of this project, its last stage alone, and the others."""
+    return "tab:blue" if model.startswith(("8-4-2-1", *OURS, "k8", "k4", "k2")) else "tab:purple" if model.startswith("k") else "tab:orange"
