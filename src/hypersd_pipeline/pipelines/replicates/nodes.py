@@ -182,11 +182,16 @@ def run_replicates(
 
 
 def feedback_table(tradeoff: pd.DataFrame) -> str:
-    """Markdown: a line per figure, a column per weight; the mean over seeds and, from two seeds on, Student's 95 % interval."""
+    """Markdown: a line per figure, a column per weight, and how the last weight differs from 0 with the same seed.
+
+    Means over the seeds and, from two seeds on, Student's 95 % intervals.
+    """
     weights, figures = sorted(tradeoff.weight.unique()), [name for name in tradeoff.columns if name not in ("seed", "weight")]
-    head = ["figure", *(f"feedback x {weight:g}" for weight in weights)]
+    head = ["figure", *(f"feedback x {weight:g}" for weight in weights), f"x {weights[-1]:g} minus x {weights[0]:g}"]
+    first, last = (tradeoff[tradeoff.weight == weight].set_index("seed") for weight in (weights[0], weights[-1]))
     lines = [head, ["-"] * len(head)]
     for name in figures:
         cells = [student_interval(tradeoff[tradeoff.weight == weight][name]) for weight in weights]
+        cells.append(student_interval(last[name] - first[name]))
         lines.append([name, *(f"{mean:.4g}" + ("" if half is None else f" ± {plain(half)}") for mean, half in cells)])
     return "\n".join("|" + "|".join(line) + "|" for line in lines) + "\n"
