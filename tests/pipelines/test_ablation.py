@@ -55,7 +55,7 @@ def planned(config):
 
 
 def test_cells_are_the_issue_s_and_cost_the_same():
-    config = AblationConfig(budget=1400)
+    config = AblationConfig(pairs=4, budget=1400)
     cells = planned(config)
     names = [cell.name for cell in cells]
     assert len(names) == len(set(names)) == 15  # 8 chains, 4 single stages, the chain with its one step, two baselines
@@ -69,27 +69,31 @@ def test_cells_are_the_issue_s_and_cost_the_same():
     assert [s.adversarial.weight for s in chosen["8-4-2-1 hybrid"].stages] == [0.0, 0.0, 0.5, 1.0]
     assert {s.loop.seed for s in chosen["k=1 hybrid"].seeded(7).stages} == {7}
     assert [c.name for c in planned(AblationConfig(budget=99, only=("TCD",)))] == ["TCD"]
+    (fewer,) = planned(AblationConfig(pairs=2, budget=1400, only=("Hyper-SD",)))
+    assert fewer.stages[-1].pairs.count == 2 and fewer.stages[-1].loop.steps >= chosen["Hyper-SD"].stages[-1].loop.steps
 
 
 def test_budgets_are_in_images_where_batches_differ():
     """A batch of 8 in two passes of 4: each pass 2 + (3 + 2) + 5 * 2 / 4 forward passes on 4 images, and 4 pairs of 2 steps before."""
     larger = changed(ONE_STEP, loop={"batch_size": 8, "accumulate": 2})
-    (cell,) = plan(AblationConfig(budget=1000, only=("Hyper-SD",)), TSCD, {}, larger, {})
+    (cell,) = plan(AblationConfig(pairs=4, budget=1000, only=("Hyper-SD",)), TSCD, {}, larger, {})
     assert cell.batch == 4 and cell.stages[-1].loop.steps == round((500 - 2) / (2 * 9.5))
-    (tcd,) = planned(AblationConfig(budget=1000, only=("TCD",)))
-    (twice,) = plan(AblationConfig(budget=1000, only=("TCD",)), TSCD, {"TCD": (stage(1, loop=dict(LOOP, batch_size=8)),)}, ONE_STEP, {})
+    (tcd,) = planned(AblationConfig(pairs=4, budget=1000, only=("TCD",)))
+    (twice,) = plan(
+        AblationConfig(pairs=4, budget=1000, only=("TCD",)), TSCD, {"TCD": (stage(1, loop=dict(LOOP, batch_size=8)),)}, ONE_STEP, {}
+    )
     assert (tcd.stages[0].loop.steps, twice.stages[0].loop.steps) == (200, 100)
 
 
 def test_refusals():
     with pytest.raises(UserError, match="previous_stage needs a stage before this one"):
-        plan(AblationConfig(budget=99), TSCD, {"TCD": (stage(1, teacher="previous_stage"),)}, ONE_STEP, {})
+        plan(AblationConfig(pairs=4, budget=99), TSCD, {"TCD": (stage(1, teacher="previous_stage"),)}, ONE_STEP, {})
     with pytest.raises(UserError, match=r"ablation\.only: there is no cell 'TDC'; the cells are 8-4-2-1 hybrid"):
-        planned(AblationConfig(budget=99, only=("TDC",)))
+        planned(AblationConfig(pairs=4, budget=99, only=("TDC",)))
     with pytest.raises(UserError, match=r"ablation\.budget: 3 forward passes do not pay for one step of '8-4-2-1 hybrid'"):
-        planned(AblationConfig(budget=3))
+        planned(AblationConfig(pairs=4, budget=3))
     with pytest.raises(ValueError, match="add up to 1"):
-        AblationConfig(budget=9, shares=(0.5, 0.5, 0.5, 0.5))
+        AblationConfig(pairs=4, budget=9, shares=(0.5, 0.5, 0.5, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,7 @@ def run(world, path, config, cells=None):
 
 
 def test_runs_resumes_and_reports(world, tmp_path, monkeypatch):
-    config = AblationConfig(budget=120, seeds=(0, 1), only=("8-4-2-1 hybrid", "TCD"))
+    config = AblationConfig(pairs=4, budget=120, seeds=(0, 1), only=("8-4-2-1 hybrid", "TCD"))
     trained = []
     distil = nodes.distil
 
@@ -143,12 +147,12 @@ def test_runs_resumes_and_reports(world, tmp_path, monkeypatch):
     table, plot = report(results)
     assert "|8-4-2-1 hybrid|2|" in table and "|TCD|2|" in table and "### CLIP score" in table
     assert plot.width > 500
-    other = run(world, tmp_path, AblationConfig(budget=150, seeds=(0,), only=("TCD",)))
+    other = run(world, tmp_path, AblationConfig(pairs=4, budget=150, seeds=(0,), only=("TCD",)))
     assert len(trained) == 13 and set(other.model) == {"teacher", "TCD"}  # another budget is another training
 
 
 def test_one_step_cells_run(world, tmp_path):
-    results = run(world, tmp_path, AblationConfig(budget=150, seeds=(0,), only=("Hyper-SD", "DMD2")))
+    results = run(world, tmp_path, AblationConfig(pairs=4, budget=150, seeds=(0,), only=("Hyper-SD", "DMD2")))
     assert set(results.model) == {"teacher", "Hyper-SD", "DMD2"}
     assert (tmp_path / "r" / "pairs" / "Hyper_SD" / "pairs.safetensors").is_file() and not list(
         (tmp_path / "r" / "pairs" / "DMD2").iterdir()

@@ -24,6 +24,7 @@ class AblationConfig(Strict):
             evaluation is not counted.
         shares: of the budget, for the stages of a chain with 8, 4, 2 and 1 segments.
         one_step_share: of the budget, for the one-step stage of the cell that has all of Hyper-SD's stages; the others get the rest.
+        pairs: of that stage's regression, in place of ``dmd``'s own number, since the budget pays for them too.
         sampling_eta: of the sampling of the TSCD cells, whose last stage is TCD's too and is sampled as TCD is.
         sampling_first: the timestep that one step is told in every cell, or null for T - 1; an eps model prefers a smaller one.
         encoder_share: what the encoder and mid block cost of a forward pass; a constant, so that a second run plans the same steps.
@@ -34,6 +35,7 @@ class AblationConfig(Strict):
     budget: float = Field(gt=0)
     shares: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.4)
     one_step_share: float = Field(default=0.5, gt=0, lt=1)
+    pairs: int = Field(default=256, ge=1)
     sampling_eta: float = Field(default=0.3, ge=0, le=1)
     sampling_first: int | None = Field(default=None, ge=1)
     encoder_share: float = Field(default=0.4, gt=0, le=1)
@@ -94,7 +96,7 @@ def plan(
         cells.append(Cell(name, (*variants[:-1], changed(variants[-1], sampling_eta=config.sampling_eta)), batch))
     for first, *_ in baselines.values():
         check_previous(first, has_previous=False)
-    cells.append(Cell("Hyper-SD", (*chains["8-4-2-1"], unified), batch))
+    cells.append(Cell("Hyper-SD", (*chains["8-4-2-1"], changed(unified, pairs={"count": config.pairs})), batch))
     cells += [Cell(name, stages, batch) for name, stages in baselines.items()]
     cells += [Cell(name, (stage,), batch) for name, stage in one_step.items()]
     known = [cell.name for cell in cells]
