@@ -148,6 +148,6 @@ class FeedbackStep:
 def decoded_one_by_one(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
     """Pictures whose decoding is computed again in the backward pass, one by one: then the decoder's activations are held for one only.
 
-    At 1024 pixels they take about 23 GB a picture in float32. Around a whole batch, checkpointing would hold all of them at once.
+    At 1024 pixels they take some 20 GB a picture in float32, by count. Around a whole batch, checkpointing would hold all of them at once.
     """
     return torch.cat([checkpoint(decode, one, use_reentrant=False) for one in latents.split(1)])
