@@ -11,6 +11,7 @@ from hypersd_pipeline.data.config import DataConfig
 from hypersd_pipeline.diffusion.grids import boundaries, check_grid, solver_grid
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.pipelines.ablation.config import AblationConfig, plan
 from hypersd_pipeline.pipelines.dmd.config import OneStepConfig
 from hypersd_pipeline.pipelines.feedback.config import FeedbackConfig
 from hypersd_pipeline.pipelines.tscd.config import StageOverrides, TscdDefaults
@@ -36,6 +37,17 @@ def test_environments_are_valid(env):
     FeedbackConfig(**values["feedback"]["stage"])
     for name in ("dmd", "one_step_unet", "baseline_dmd2", "baseline_dmd"):
         OneStepConfig(**values[name]["stage"])
+
+
+@pytest.mark.parametrize("env", ["base", "ablation", "reference", "smoke"])
+def test_the_ablation_s_budget_pays_for_every_cell(env):
+    values = parameters(env)
+    tscd = {k: StageOverrides(**values[f"tscd_k{k}"]["stage"]).apply(TscdDefaults(**values["tscd"])) for k in (8, 4, 2, 1)}
+    config = AblationConfig(**{**values["ablation"], "only": None})
+    cells = plan(config, tscd, {}, OneStepConfig(**values["dmd"]["stage"]), {})
+    chosen = {"Hyper-SD", "8-4-2-1 hybrid"}
+    assert chosen <= {cell.name for cell in cells}
+    assert all(stage.loop.steps >= 1 for cell in cells for stage in cell.stages)
 
 
 @pytest.mark.parametrize(
