@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
+from hypersd_pipeline.models.backbones import Backbone
+
 Task = Callable[[], dict[str, float]]
 """Does something once and says how many seconds each of its named parts took."""
 
@@ -74,15 +76,15 @@ class PassCounter:
     """Counts, in batches, the passes through whole UNets, and through an encoder and mid block alone (the discriminator's).
 
     Args:
-        unets: every UNet that is used. batch: samples of one pass.
+        backbones: every UNet that is used. batch: samples of one pass.
     """
 
-    def __init__(self, unets: list[Any], batch: int) -> None:
+    def __init__(self, backbones: list[Backbone], batch: int) -> None:
         self.batch = batch
         self.samples = dict.fromkeys(("unet_forward", "unet_backward", "mid_forward", "mid_backward"), 0)
-        for unet in unets:
-            unet.register_forward_hook(self._hook("unet"))
-            unet.mid_block.register_forward_hook(self._hook("mid"))
+        for backbone in backbones:
+            backbone.module.register_forward_hook(self._hook("unet"))
+            backbone.feature_module().register_forward_hook(self._hook("mid"))
 
     def _hook(self, part: str) -> Callable[..., None]:
         def add(direction: str, n: int) -> None:

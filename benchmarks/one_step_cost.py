@@ -11,28 +11,44 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from measure import PeakMemory, resident_unets, seconds
 from presets import PRESETS, TARGETS, Models
 
-from hypersd_pipeline.models.adapters import AdaptedUNet, checkpoint_gradients
-from hypersd_pipeline.models.teacher import denoiser_of
-from hypersd_pipeline.training.cost import matching_forwards
-from hypersd_pipeline.training.distribution import CRITIC, Batch, Critic, CriticConfig, MatchingConfig, MatchingStep
+from hypersd_pipeline.data.trajectories import NoisePairs
+from hypersd_pipeline.diffusion.denoiser import Denoiser
+from hypersd_pipeline.models.adapters import AdaptedBackbone
+from hypersd_pipeline.training.config import LoraShape, StageConfig
+from hypersd_pipeline.training.cost import ideal_forwards
+from hypersd_pipeline.training.critic import CRITIC, CriticConfig
 from hypersd_pipeline.training.ema import ema_update
 from hypersd_pipeline.training.loop import LoopConfig, make_optimizer
+from hypersd_pipeline.training.stage import Stage, build_stage
+from hypersd_pipeline.training.terms import Context, MatchingConfig, RegressionConfig
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row; ``full`` trains every weight of a second UNet, and keeps their average beside it."""
+    """One row. ``full`` trains every weight of a second UNet, and keeps their average beside it."""
 
     title: str
     full: bool = False
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     checkpointing: bool = False
+
+    def stage(self, batch: int, rank: int) -> StageConfig:
+        """The stage configuration: matching, and regression on stored pairs."""
+        return StageConfig(
+            terms={
+                "matching": MatchingConfig(guidance=(3.0, 3.0), critic=CriticConfig(updates=1)),
+                "regression": RegressionConfig(),
+            },
+            gradient_checkpointing=self.checkpointing,
+            lora=LoraShape(rank=rank, target_modules=TARGETS),
+            loop=LoopConfig(steps=1, batch_size=batch, learning_rate=1e-6, optimizer=self.optimizer),
+        )
 
 
 VARIANTS = {
@@ -42,11 +58,10 @@ VARIANTS = {
     "unet_adafactor": Variant("dedicated UNet, Adafactor", full=True, optimizer="adafactor"),
     "unet_adafactor_checkpointing": Variant("... gradient checkpointing", full=True, optimizer="adafactor", checkpointing=True),
 }
-CONFIG = MatchingConfig(guidance=(3.0, 3.0), critic=CriticConfig(updates=1))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Command line; batch, resolution and rank default to the preset's."""
+    """Command line. Batch, resolution and rank default to the preset's."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="shipped")
     parser.add_argument("--batch", type=int)
@@ -70,17 +85,16 @@ def measure_alone(args: argparse.Namespace) -> dict[str, float]:
     memory = PeakMemory(device)
     dtype = getattr(torch, args.dtype)
     models = Models(preset, batch=args.batch, resolution=preset.resolution, dtype=dtype, device=device, seed=args.seed)
-    unet, step, update = make_step(models, variant, preset.rank)
-    x0, cond = models.latents(unet), models.conditioning(unet)
-    uncond = cond[torch.zeros(args.batch, dtype=torch.int64, device=device)]
-    batch, generator = Batch(torch.randn_like(x0), cond, uncond, target=x0), torch.Generator().manual_seed(args.seed)
+    config, generator = variant.stage(args.batch, preset.rank), torch.Generator().manual_seed(args.seed)
+    context, stage, update = make_step(models, variant, config)
+    x0, cond = context.data.latents, context.data.cond  # type: ignore[attr-defined]  # of `FixedRows`
 
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def whole() -> None:
         with autocast():
-            loss, _ = step(batch, generator)
+            loss, _ = stage(generator)
         loss.backward()
         update()
 
@@ -90,40 +104,46 @@ def measure_alone(args: argparse.Namespace) -> dict[str, float]:
     forwards, steps = [], []
     for _ in range(args.rounds):
         with torch.no_grad(), autocast():
-            forwards.append(seconds(lambda: step.teacher(x0, torch.full((len(x0),), 500, device=device), cond), device))
+            forwards.append(seconds(lambda: context.base.network(x0, torch.full((len(x0),), 500, device=device), cond), device))
         steps.append(seconds(whole, device))
-    share = 0.4  # the encoder's; nothing adversarial is measured here
-    ideal = matching_forwards(CONFIG, args.batch, share, adversarial=False, full=variant.full, again=variant.checkpointing)
+    share = 0.4  # the encoder's. Nothing adversarial is measured here
     return {
         "milliseconds": median(steps) * 1e3,
         "forwards": median(steps) / median(forwards),
-        "ideal_forwards": ideal,
+        "ideal_forwards": ideal_forwards(config, share, full=variant.full),
         "peak_memory_mb": peak,
-        "resident_unets": resident_unets(unet, []),
+        "resident_unets": resident_unets(context.adapters.backbone.module, []),
     }
 
 
-def make_step(models: Models, variant: Variant, rank: int) -> tuple[Any, MatchingStep, Callable[[], None]]:
-    """The base UNet, the project's own step, and what updates the student and its average."""
-    unet = models.unet()
-    student = copy.deepcopy(unet).float().requires_grad_(True) if variant.full else None
-    names = (CRITIC,) if variant.full else ("student", "ema", CRITIC)
-    adapters = AdaptedUNet(
-        unet, rank=rank, target_modules=TARGETS, names=names, trainable=("student", CRITIC) if not variant.full else (CRITIC,)
+def make_step(models: Models, variant: Variant, config: StageConfig) -> tuple[Context, Stage, Callable[[], None]]:
+    """What the stage is built from, the project's own stage, and what updates the student and its average."""
+    backbone = models.backbone()
+    trained = type(backbone)(copy.deepcopy(backbone.module).float().requires_grad_(True)) if variant.full else None
+    adapters = AdaptedBackbone(
+        backbone,
+        models.process,
+        rank=config.lora.rank,
+        target_modules=TARGETS,
+        names=(CRITIC,) if variant.full else ("student", "ema", CRITIC),
+        trainable=(CRITIC,) if variant.full else ("student", CRITIC),
     )
-    for network in (unet, student) if variant.checkpointing else ():
+    for network in (backbone, trained) if variant.checkpointing else ():
         if network is not None:
-            checkpoint_gradients(network)
-    critic = Critic(adapters, CONFIG.critic, models.schedule, models.prediction_type)
-    if student is None:
+            network.checkpoint_gradients()
+    if trained is None:
         weights, average = adapters.parameters("student"), adapters.parameters("ema")
-        denoiser, ready = adapters.denoiser("student"), lambda: adapters.use("student")
+        student, ready = adapters.denoiser("student"), lambda: adapters.use("student")
     else:
-        weights, average = list(student.parameters()), [p.detach().clone() for p in student.parameters()]
-        denoiser, ready = denoiser_of(student), lambda: None
-    config = MatchingConfig(**{**CONFIG.model_dump(), "regression_weight": 1.0})
-    step = MatchingStep(denoiser, adapters.denoiser(None), config, models.schedule, models.prediction_type, ready=ready, critic=critic)
-    optimizer = make_optimizer(weights, LoopConfig(steps=1, batch_size=1, learning_rate=1e-6, optimizer=variant.optimizer))
+        weights = list(trained.module.parameters())
+        average = [p.detach().clone() for p in weights]
+        student, ready = Denoiser(trained, models.process), lambda: None
+    rows = models.rows(backbone)
+    pairs = NoisePairs(torch.randn_like(rows.latents), rows.latents, torch.arange(len(rows)))
+    context = Context(
+        adapters, student, adapters.denoiser(None), rows, rows.latent_shape, batch=models.batch, device=models.device, pairs=pairs
+    )  # type: ignore[arg-type]
+    optimizer = make_optimizer(weights, config.loop)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -131,7 +151,7 @@ def make_step(models: Models, variant: Variant, rank: int) -> tuple[Any, Matchin
         optimizer.zero_grad(set_to_none=True)
         ema_update(average, weights, 0.95)
 
-    return unet, step, update
+    return context, build_stage(config, context, ready), update
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import hypersd_pipeline  # noqa: F401  # before anything imports torchvision
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule
+from hypersd_pipeline.diffusion.process import Process
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.backbones import Backbone, UNetBackbone
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 
 TARGETS = (
@@ -26,7 +27,7 @@ _CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of one set of models, as keyword arguments of diffusers' and transformers' classes; ``unet`` None is the packaged teacher.
+    """Sizes of one set of models, as keyword arguments of diffusers' and transformers' classes. ``unet`` None is the packaged teacher.
 
     Attributes:
         batch, resolution (pixels), rank: defaults of the command line.
@@ -112,8 +113,43 @@ PRESETS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class FixedRows:
+    """A training split in memory, as a stage reads it (`hypersd_pipeline.data.cache.SplitCache`): one batch, whatever is asked for.
+
+    It lies on the device, so that no step pays for reading or copying.
+    """
+
+    latents: Tensor
+    cond: Conditioning
+    uncond: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """``(c, h, w)``."""
+        c, h, w = self.latents.shape[1:]
+        return c, h, w
+
+    def sample(self, indices: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The latents."""
+        return self.latents
+
+    def conditioning(self, indices: Tensor, generator: torch.Generator | None = None) -> Conditioning:
+        """Their text."""
+        return self.cond
+
+    def unconditional(self, n: int, sizes: Tensor | None = None) -> Conditioning:
+        """The other half of guidance."""
+        return self.uncond
+
+
 class Models:
-    """Builds a preset's models; each call makes a new, frozen one on the device. Also makes batches of what they take.
+    """Builds a preset's models. Each call makes a new, frozen one on the device. Also makes batches of what they take.
+
+    Attributes: ``process``: that the networks were trained for.
 
     Args:
         dtype: of all weights. The VAE has it too: the best case for a step that encodes images.
@@ -128,17 +164,16 @@ class Models:
             raise UserError(f"--resolution {resolution} is no multiple of {stride}, which this preset's networks need.")
         self.preset, self.batch, self.resolution, self.dtype, self.device, self.seed = preset, batch, resolution, dtype, device, seed
         self.latent_size = resolution // preset.downscale
-        self.schedule = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
-        self.prediction_type: PredictionType = "epsilon"
+        self.process = Process.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 
-    def unet(self) -> Any:
-        """diffusers' ``UNet2DConditionModel``."""
+    def backbone(self) -> Backbone:
+        """diffusers' ``UNet2DConditionModel`` in the project's class."""
         from diffusers import UNet2DConditionModel
 
         if self.preset.unet is None:
-            return self._shipped("unet").unet
+            return self._shipped("backbone").backbone
         sizes = {"sample_size": self.latent_size, **self.preset.unet}
-        return self._random(lambda: UNet2DConditionModel(**sizes))
+        return UNetBackbone(self._random(lambda: UNet2DConditionModel(**sizes)))
 
     def vae(self) -> Any:
         """diffusers' ``AutoencoderKL``."""
@@ -160,14 +195,19 @@ class Models:
             for c, s in zip(classes, self.preset.text, strict=False)
         ]
 
-    def latents(self, unet: Any) -> Tensor:
-        """Clean latents as the cache gives them: float32 ``[b, c, h, w]``."""
-        shape = (self.batch, unet.config.in_channels, self.latent_size, self.latent_size)
+    def rows(self, backbone: Backbone) -> FixedRows:
+        """The rows that a step is made from: latents ``[b, c, h, w]`` and their text, on the device."""
+        cond = self._conditioning(backbone.module.config)
+        return FixedRows(self._latents(backbone.module.config), cond, cond[torch.zeros(self.batch, dtype=torch.int64, device=self.device)])
+
+    def _latents(self, config: Any) -> Tensor:
+        """Clean latents as the cache gives them: float32."""
+        shape = (self.batch, config.in_channels, self.latent_size, self.latent_size)
         return torch.randn(shape, generator=self._generator()).to(self.device)
 
-    def conditioning(self, unet: Any) -> Conditioning:
-        """Text of the batch as the cache gives it: ``[b, L, D]``, for SDXL with pooled ``[b, P]`` and time_ids ``[b, 6]``."""
-        config, generator = unet.config, self._generator()
+    def _conditioning(self, config: Any) -> Conditioning:
+        """Text of the batch as the cache gives it: ``[b, L, D]``, for SDXL with pooled ``[b, P]`` and sizes ``[b, 6]``."""
+        generator = self._generator()
         embeds = torch.randn(self.batch, self.preset.tokens, config.cross_attention_dim, generator=generator)
         if config.addition_embed_type != "text_time":
             return Conditioning(embeds).to(self.device, self.dtype)
@@ -193,7 +233,7 @@ class Models:
     def _shipped(self, part: Any) -> Any:
         name: Any = str(self.dtype).removeprefix("torch.")
         teacher = load_teacher(TeacherConfig(dtype=name, vae_dtype=name), parts=(part,), device=self.device)
-        self.schedule, self.prediction_type = teacher.schedule, teacher.prediction_type
+        self.process = teacher.process
         return teacher
 
     def _random(self, make: Callable[[], Any]) -> Any:

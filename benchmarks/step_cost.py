@@ -19,9 +19,7 @@ from presets import PRESETS, Models
 from torch import Tensor
 from variants import VARIANTS, Bench, ideal, make_step
 
-from hypersd_pipeline.diffusion.sampling import guided_denoiser
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.discriminator import encode_to_mid
 
 REFERENCE = "lcm"
 PARTS = {  # of the step with teacher: base, and what each would cost without overhead
@@ -34,7 +32,7 @@ PARTS = {  # of the step with teacher: base, and what each would cost without ov
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Command line; batch, resolution and rank default to the preset's."""
+    """Command line. Batch, resolution and rank default to the preset's."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="shipped")
     parser.add_argument("--batch", type=int)
@@ -87,15 +85,15 @@ def measure_alone(args: argparse.Namespace) -> dict[str, float]:
     bench = Bench(make_models(args), args.rank, args.gradient_checkpointing, VARIANTS[args.alone])
     step = make_step(bench, VARIANTS[args.alone])
     step()
-    unets = [bench.unet, *([bench.second_unet] if "second_unet" in vars(bench) else [])]
-    counter = PassCounter(unets, args.batch)
+    backbones = [bench.backbone, *([bench.second_backbone] if "second_backbone" in vars(bench) else [])]
+    counter = PassCounter(backbones, args.batch)
     step()
     peak = memory.mb()
     passes = counter.passes()
     with torch.no_grad(), bench.autocast():
-        one_forward = flops(lambda: bench.adapters.denoiser(None)(bench.x0, _middle(bench), bench.cond))
+        one_forward = flops(lambda: bench.network(None)(bench.x0, _middle(bench), bench.cond))
     vae_and_text = [bench.encoders[0], *bench.encoders[1]] if "encoders" in vars(bench) else []
-    resident = resident_unets(bench.unet, vae_and_text)
+    resident = resident_unets(bench.backbone.module, vae_and_text)
     return {"peak_memory_mb": peak, "resident_unets": resident, "operations_in_forwards": flops(step) / one_forward, **passes}
 
 
@@ -115,18 +113,13 @@ def measure_each_alone(argv: list[str]) -> dict[str, dict[str, float]]:
 def inference_calls(bench: Bench) -> dict[str, Callable[[], Any]]:
     """Everything without gradients that is measured by itself."""
     t, cond, x0 = _middle(bench), bench.cond, bench.x0
-    off, plain = bench.adapters.denoiser(None), bench.second_unet
-
-    def encode() -> None:
-        bench.adapters.use(None)
-        encode_to_mid(bench.unet, x0.to(bench.adapters.dtype), t, cond)
-
+    off, plain = bench.network(None), bench.second_backbone
     return {
         "forward": lambda: off(x0, t, cond),
-        "encoder": encode,
-        "plain_forward": lambda: plain(x0.to(bench.models.dtype), t, **cond.unet_kwargs()),
-        "teacher": lambda: guided_denoiser(off, bench.uncond, 3.0)(x0, t, cond),
-        "target": lambda: bench.adapters.denoiser("ema")(x0, t, cond),
+        "encoder": lambda: bench.adapters.features(None, x0, t, cond),
+        "plain_forward": lambda: plain(x0, t, cond),
+        "teacher": lambda: bench.adapters.denoiser(None).guided(bench.rows.uncond, 3.0).network(x0, t, cond),
+        "target": lambda: bench.network("ema")(x0, t, cond),
     }
 
 
@@ -136,7 +129,7 @@ def training_calls(bench: Bench) -> dict[str, Callable[[], Any]]:
 
     def forward() -> None:
         with bench.autocast():
-            losses.append(bench.adapters.denoiser("student")(bench.x0, _middle(bench), bench.cond).float().square().mean())
+            losses.append(bench.network("student")(bench.x0, _middle(bench), bench.cond).float().square().mean())
 
     return {"student": forward, "backward": lambda: losses.pop().backward(), "update": lambda: bench.update(ema=True)}
 
@@ -156,7 +149,7 @@ def tasks(bench: Bench) -> dict[str, Task]:
         return {name: seconds(call, device) for name, call in training_calls(bench).items()}
 
     def whole_step(name: str, step: Callable[[], None]) -> Task:
-        return lambda: {**found["forward"](), name: seconds(step, device)}  # F before each: it divides all, so it must be the surest figure
+        return lambda: {**found["forward"](), name: seconds(step, device)}  # F before each: it divides all, so it must be the surest metric
 
     found: dict[str, Task] = {name: inference(name, call) for name, call in inference_calls(bench).items()}
     found["training"] = training
@@ -198,7 +191,7 @@ def rows(bench: Bench, times: dict[str, list[float]], alone: dict[str, dict[str,
 
 
 def parts(bench: Bench, times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Where the time of the step with ``teacher: base`` goes, in F, against the ideal; ``rest`` is what the parts leave over."""
+    """Where the time of the step with ``teacher: base`` goes, in F, against the ideal. ``rest`` is what the parts leave over."""
     forward, operations = median(times["forward"]), part_operations(bench)
     found: list[dict[str, Any]] = []
     for name, (title, ideal_forwards) in PARTS.items():
@@ -212,7 +205,7 @@ def parts(bench: Bench, times: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on besides the options."""
+    """What the metrics depend on besides the options."""
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.processor() or platform.machine()
     packages = {name: version(name) for name in ("torch", "diffusers", "peft", "transformers")}
     return {"device": device, "threads": torch.get_num_threads(), **packages}

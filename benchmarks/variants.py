@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -13,17 +14,20 @@ from presets import TARGETS, Models
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.diffusion.sampling import Denoiser
-from hypersd_pipeline.diffusion.schedule import add_noise, ddim, to_x0_eps
-from hypersd_pipeline.models.adapters import AdaptedUNet
-from hypersd_pipeline.objectives.tscd import huber
-from hypersd_pipeline.training.adversary import AdversarialConfig
+from hypersd_pipeline.diffusion.denoiser import Denoiser, Network
+from hypersd_pipeline.models.adapters import AdaptedBackbone
+from hypersd_pipeline.models.backbones import Backbone
+from hypersd_pipeline.objectives.consistency import huber
+from hypersd_pipeline.recipes.distil import make_adapters
+from hypersd_pipeline.training.config import LoraShape, StageConfig
 from hypersd_pipeline.training.cost import ideal_forwards
-from hypersd_pipeline.training.distillation import DistillationStep, LoraConfig, StageConfig, make_adapters, make_adversary
 from hypersd_pipeline.training.ema import ema_update
 from hypersd_pipeline.training.loop import LoopConfig
+from hypersd_pipeline.training.stage import build_stage
+from hypersd_pipeline.training.terms import AdversarialConfig, ConsistencyConfig, Context
 
 Loss = Callable[[torch.Generator], Tensor]
+SEGMENTS = 2  # of a stage. Any number costs the same
 VAE_CHUNK = 32  # images that LCM's script encodes at a time
 
 
@@ -44,14 +48,14 @@ class Variant:
     adversarial: bool = False
 
     def stage(self, batch: int, rank: int, gradient_checkpointing: bool) -> StageConfig:
-        """The stage configuration of a ``tscd`` variant; what is not named here does not change the cost."""
+        """The stage configuration of a ``tscd`` variant. What is not named here does not change the cost."""
         return StageConfig(
-            segments=2,
-            teacher=self.teacher,
-            guidance=(3.0, 15.0),
-            adversarial=AdversarialConfig(weight=1.0 if self.adversarial else 0.0),
+            terms={
+                "consistency": ConsistencyConfig(segments=SEGMENTS, teacher=self.teacher, guidance=(3.0, 15.0)),
+                "adversarial": AdversarialConfig(weight=1.0 if self.adversarial else 0.0),
+            },
             gradient_checkpointing=gradient_checkpointing,
-            lora=LoraConfig(rank=rank, target_modules=TARGETS),
+            lora=LoraShape(rank=rank, target_modules=TARGETS),
             loop=LoopConfig(steps=1, batch_size=batch, learning_rate=1e-6),
         )
 
@@ -68,36 +72,40 @@ VARIANTS = {
 
 
 class Bench:
-    """The models, the batch and the optimiser that the steps share; what a step does not use is never loaded.
+    """The models, the batch and the optimiser that the steps share. What a step does not use is never loaded.
 
     Args:
-        alone: the only variant that will run, whose adapters are made; None for all of them.
+        alone: the only variant that will run, whose adapters are made. None for all of them.
     """
 
     def __init__(self, models: Models, rank: int, gradient_checkpointing: bool, alone: Variant | None = None) -> None:
         self.models, self.rank, self.gradient_checkpointing = models, rank, gradient_checkpointing
-        self.unet = models.unet()
+        self.backbone = models.backbone()
         if alone is not None and alone.kind != "tscd":  # the public script has the student's adapter only
-            self.adapters = AdaptedUNet(self.unet, rank=rank, target_modules=TARGETS, names=("student",))
+            self.adapters = AdaptedBackbone(self.backbone, models.process, rank=rank, target_modules=TARGETS, names=("student",))
+            if gradient_checkpointing:
+                self.backbone.checkpoint_gradients()
         else:
-            self.adapters = make_adapters(self.unet, self.stage(alone or VARIANTS["tscd_previous"]))
-        if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-            self.unet.train()  # diffusers checkpoints only in training mode; these UNets have no dropout
+            teacher: Any = SimpleNamespace(backbone=self.backbone, process=models.process)
+            self.adapters = make_adapters(teacher, self.stage(alone or VARIANTS["tscd_previous"]))
         self.student = self.adapters.parameters("student")
         self.optimizer = torch.optim.AdamW(self.student, lr=1e-6, weight_decay=0.0)
-        self.x0, self.cond = models.latents(self.unet), models.conditioning(self.unet)
-        self.uncond = self.cond[torch.zeros(models.batch, dtype=torch.int64, device=models.device)]
+        self.rows = models.rows(self.backbone)
+        self.x0, self.cond = self.rows.latents, self.rows.cond
         self.generator = torch.Generator().manual_seed(models.seed)
 
     def stage(self, variant: Variant) -> StageConfig:
         """The variant's stage configuration at this batch and rank."""
         return variant.stage(self.models.batch, self.rank, self.gradient_checkpointing)
 
+    def network(self, name: str | None) -> Network:
+        """The UNet with an adapter, or without."""
+        return self.adapters.denoiser(name).network
+
     @cached_property
-    def second_unet(self) -> Any:
+    def second_backbone(self) -> Backbone:
         """A whole second UNet, without adapter layers."""
-        return self.models.unet()
+        return self.models.backbone()
 
     @cached_property
     def encoders(self) -> tuple[Any, list[Any]]:
@@ -105,7 +113,7 @@ class Bench:
         return self.models.vae(), self.models.text_encoders()
 
     def autocast(self) -> AbstractContextManager[object]:
-        """What the forward passes run under: bfloat16 where the weights are; the LoRAs stay in float32."""
+        """What the forward passes run under: bfloat16 where the weights are. The LoRAs stay in float32."""
         half = self.models.dtype == torch.bfloat16
         return torch.autocast(self.models.device.type, torch.bfloat16, enabled=half)
 
@@ -138,17 +146,18 @@ def make_step(bench: Bench, variant: Variant) -> Callable[[], None]:
 
 
 def _tscd_step(bench: Bench, variant: Variant) -> Callable[[], None]:
-    models, config = bench.models, bench.stage(variant)
-    adversary = make_adversary(bench.adapters, config, models.schedule, models.device)
-    distil = DistillationStep(bench.adapters, config, models.schedule, models.prediction_type, models.device, adversary)
-    uncond = bench.uncond if variant.teacher == "base" else None
-    opponents = () if adversary is None else (adversary.optimizer,)
+    models, adapters, rows = bench.models, bench.adapters, bench.rows
+    context = Context(
+        adapters, adapters.denoiser("student"), adapters.denoiser(None), rows, rows.latent_shape, batch=models.batch, device=models.device,
+        segments=SEGMENTS,
+    )  # fmt: skip
+    stage = build_stage(bench.stage(variant), context, ready=lambda: adapters.use("student"))
 
     def step() -> None:
         with bench.autocast():
-            value, _ = distil(bench.x0, bench.cond, uncond, bench.generator)
+            value, _ = stage(bench.generator)
         value.backward()
-        bench.update(*opponents, ema=True)
+        bench.update(*stage.companions().values(), ema=True)
 
     return step
 
@@ -156,21 +165,21 @@ def _tscd_step(bench: Bench, variant: Variant) -> Callable[[], None]:
 class LcmLoss:
     """LCM-LoRA's loss (arXiv 2311.05556) in the order of its public script: encode, student, teacher twice, target.
 
-    Wherever the script leaves a choice it is made in its favour: adapters are switched by our own switch, which costs less than peft's;
-    the VAE has the UNet's dtype; reading and tokenising are free.
+    Wherever the script leaves a choice it is made in its favour: adapters are switched by our own switch, which costs less than peft's.
+    The VAE has the UNet's dtype. Reading and tokenising are free.
 
     Args:
-        encode: images and prompts are encoded at every step; otherwise they come from a cache.
+        encode: images and prompts are encoded at every step. Otherwise they come from a cache.
         second_unet: the teacher is a UNet of its own and not the student's with the adapters off.
     """
 
     def __init__(self, bench: Bench, *, encode: bool, second_unet: bool, solver_points: int = 50) -> None:
         models = bench.models
-        self.bench, self.schedule, self.prediction_type = bench, models.schedule, models.prediction_type
-        self.skip = models.schedule.num_train_timesteps // solver_points
+        self.bench, self.process = bench, models.process
+        self.skip = models.process.num_train_timesteps // solver_points
         self.grid = torch.arange(1, solver_points + 1) * self.skip - 1
         self.student = bench.adapters.denoiser("student")
-        self.teacher = _plain_denoiser(bench.second_unet, models.dtype) if second_unet else bench.adapters.denoiser(None)
+        self.teacher = Denoiser(bench.second_backbone, models.process) if second_unet else bench.adapters.denoiser(None)
         self.raw = (models.images(), models.token_ids(), *bench.encoders) if encode else None
 
     def __call__(self, generator: torch.Generator) -> Tensor:
@@ -180,22 +189,19 @@ class LcmLoss:
         guidance = (2.0 + 12.0 * torch.rand(len(x0), generator=generator)).view(-1, 1, 1, 1).to(x0.device)
         t_prev = (t_n - self.skip).clamp(min=0).to(x0.device)
         t_n = t_n.to(x0.device)
-        x_tn = add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0.device), t_n, self.schedule)
+        x_tn = self.process.add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0.device), t_n)
         prediction = self._consistency(x_tn, t_n, cond)
         with torch.no_grad():
-            known, unknown = (self._clean(self.teacher, x_tn, t_n, c) for c in (cond, self.bench.uncond))
+            known, unknown = (self.teacher.predict(x_tn, t_n, c) for c in (cond, self.bench.rows.uncond))
             x0_hat, eps_hat = (c + guidance * (c - u) for c, u in zip(known, unknown, strict=True))
-            target = self._consistency(ddim(x0_hat, eps_hat, t_prev, self.schedule), t_prev, cond)
+            target = self._consistency(self.process.ddim(x0_hat, eps_hat, t_prev), t_prev, cond)
         return huber(prediction, target)
-
-    def _clean(self, denoiser: Denoiser, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        return to_x0_eps(denoiser(x, t, cond), x, t, self.schedule, self.prediction_type)
 
     def _consistency(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         # c_skip x + c_out x0 with sigma_data 0.5 and times scaled by 10 (LCM, arXiv 2310.04378, appendix)
         scaled = (10.0 * t).view(-1, 1, 1, 1)
         c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
-        return c_skip * x + c_out * self._clean(self.student, x, t, cond)[0]
+        return c_skip * x + c_out * self.student.predict(x, t, cond)[0]
 
     @torch.no_grad()
     def _encode(self, images: Tensor, token_ids: Tensor, vae: Any, text_encoders: list[Any]) -> tuple[Tensor, Conditioning]:
@@ -205,14 +211,7 @@ class LcmLoss:
             return x0, Conditioning(text_encoders[0](token_ids)[0])
         outputs = [encoder(token_ids, output_hidden_states=True) for encoder in text_encoders]
         embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return x0, Conditioning(embeds, outputs[-1][0], self.bench.cond.time_ids)
-
-
-def _plain_denoiser(unet: Any, dtype: torch.dtype) -> Denoiser:
-    def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return unet(x_t.to(dtype), t, **cond.to(dtype=dtype).unet_kwargs(), return_dict=False)[0]
-
-    return call
+        return x0, Conditioning(embeds, outputs[-1][0], self.bench.cond.sizes)
 
 
 def ideal(bench: Bench, variant: Variant, encoder_share: float) -> float:

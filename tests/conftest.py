@@ -1,14 +1,14 @@
 """A small Kedro project with the real hooks, command line and datasets, whose stages take no time."""
 
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from servers import Server, environment_of
 
 import hypersd_pipeline  # noqa: F401  # before anything imports torchvision
 
@@ -41,7 +41,7 @@ FILES = {
     "src/small/pipelines/full_distill/__init__.py": "from .pipeline import create_pipeline\n",
     "src/small/pipelines/full_distill/pipeline.py": """
         import os
-        import signal
+        import time
         from kedro.pipeline import Node, Pipeline
         from pydantic import Field
         from hypersd_pipeline.config import Strict
@@ -52,12 +52,14 @@ FILES = {
             steps: int = 3
 
         def train(data: dict, stage: Stage, stream) -> dict:
-            for step in range(stage.steps):
+            here = str(stage.segments)
+            for step in range(int(os.environ.get("START", 0)), stage.steps):
                 stream({"train/loss": 1 / (step + 1), "bad": float("nan")}, step)
-            if os.environ.get("FAIL") == str(stage.segments):
+                time.sleep(float(os.environ.get("PAUSE", 0)))
+                if os.environ.get("KILL") == here and step == int(os.environ.get("KILL_STEP", stage.steps - 1)):
+                    os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+            if os.environ.get("FAIL") == here:
                 raise UserError("row 7 of data.csv is empty; remove it.")
-            if os.environ.get("KILL") == str(stage.segments):
-                os.kill(os.getpid(), int(os.environ["SIGNAL"]))
             return {"fid": {"4": 10.0 * stage.segments}, "clip": float("inf"), "note": "text", "interval": [1, 2]}
 
         def stage(k):
@@ -115,13 +117,18 @@ def kedro() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``kedro(folder, *arguments, **environment)`` runs the real command line in `folder`."""
 
     def call(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "KEDRO_", "DVC_"))}
-        return subprocess.run(
-            [sys.executable, "-m", "kedro", *arguments],
-            cwd=folder,
-            env={**kept, "PYTHONPATH": str(ROOT / "src"), **environment},
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-m", "kedro", *arguments]
+        return subprocess.run(command, cwd=folder, env=environment_of(**environment), capture_output=True, text=True)
 
     return call
+
+
+@pytest.fixture
+def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
+    """A server that is not started yet."""
+    database = tmp_path / "server" / "mlflow.db"
+    database.parent.mkdir()
+    shutil.copy(empty_database, database)
+    made = Server(database)
+    yield made
+    made.stop()

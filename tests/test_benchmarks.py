@@ -16,7 +16,7 @@ TINY = ["--preset", "tiny", "--device", "cpu"]
 PASSES = {
     "tscd_base": (2 + 1 + 1, 1, 0, 0),  # both halves of the guidance in one call, target, student
     "tscd_previous": (1 + 1 + 1, 1, 0, 0),
-    "tscd_base_adversarial": (4, 1, 2, 1),  # target and prediction; only the prediction sends a gradient back
+    "tscd_base_adversarial": (4, 1, 2, 1),  # target and prediction. Only the prediction sends a gradient back
     "tscd_previous_adversarial": (3, 1, 3, 1),  # and the input, which has not been through the base model
     "lcm": (4, 1, 0, 0),  # student, teacher twice, target
     "lcm_cached": (4, 1, 0, 0),

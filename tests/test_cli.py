@@ -65,13 +65,18 @@ def test_registered_names_are_read_without_imports(monkeypatch):
     assert {"__default__", "full_distill", "tscd"} <= set(registered_pipelines())
 
 
+def test_a_misspelt_key_of_a_term_is_said_as_it_was_written(kedro, pytestconfig):
+    line = error_of(kedro(pytestconfig.rootpath, "run", "--pipelines", "tscd", "--params", "tscd_k4.stage.terms.consistency.guidanc=3"))
+    assert "--params: tscd_k4.stage.terms.consistency.guidanc: unknown key" in line
+
+
 def test_segmentation_feedback_without_masks_is_refused_before_anything_runs(kedro, pytestconfig, tmp_path):
     parameters = f"data.source.kind=folder,data.source.root={tmp_path}"
     line = error_of(kedro(pytestconfig.rootpath, "run", "--pipelines", "full_distill", "--params", parameters))
-    assert "feedback.stage.perceptual" in line and "set it to null" in line
+    assert "feedback.stage.terms.perceptual" in line and "set it to null" in line
 
 
-@pytest.mark.parametrize("key", ["feedback.stage.held_out.weights", "feedback.stage.perceptual.weights"])
+@pytest.mark.parametrize("key", ["feedback.stage.held_out.weights", "feedback.stage.terms.perceptual.model.weights"])
 def test_missing_weights_of_a_judge_are_said_before_anything_runs(kedro, pytestconfig, tmp_path, key):
     """Not after days of distillation."""
     line = error_of(kedro(pytestconfig.rootpath, "run", "--pipelines", "full_distill", "--params", f"{key}={tmp_path}/none.safetensors"))

@@ -41,7 +41,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(project: Path) -> Run:
-    """``run("kedro", ...)``, ``run("dvc", ...)`` in the project; its own sources are the ones that run."""
+    """``run("kedro", ...)``, ``run("dvc", ...)`` in the project. Its own sources are the ones that run."""
     scripts = project / ".scripts"
     scripts.mkdir()
     for name in ("kedro", "dvc"):
@@ -67,17 +67,18 @@ def smoke(project: Path, run: Run) -> Path:
 
 def test_the_run_leaves_loras_grids_and_results(smoke):
     for name in ("k8", "k4", "k2", "k1", "feedback", "unified"):
-        assert {path.name for path in (smoke / "data/06_models" / f"lora_{name}").iterdir()} == {
+        assert {path.name for path in (smoke / "data/smoke/06_models" / f"lora_{name}").iterdir()} == {
             "pytorch_lora_weights.safetensors",
             "scheduler_config.json",
             "README.md",
         }
-    with Image.open(smoke / "data/08_reporting/results_grid.png") as grid:
+    with Image.open(smoke / "data/smoke/08_reporting/results_grid.png") as grid:
         assert grid.width > 6 * 32
-    table = (smoke / "data/08_reporting/results.md").read_text()
+    table = (smoke / "data/smoke/08_reporting/results.md").read_text()
     rows = [("teacher", 1), ("k1", 1), ("feedback", 4), *(("unified", n) for n in (1, 2, 4, 8)), ("unet", 1)]
     assert all(f"|{model}|{steps}|" in table for model, steps in rows)
-    assert (smoke / "data/06_models/lora_with_feedback/w_1.00").is_dir() and (smoke / "data/08_reporting/plot_feedback.png").exists()
+    assert (smoke / "data/smoke/06_models/lora_with_feedback/w_1.00").is_dir()
+    assert (smoke / "data/smoke/08_reporting/plot_feedback.png").exists()
 
 
 def test_diffusers_samples_from_a_lora_as_its_card_says(smoke):
@@ -85,7 +86,7 @@ def test_diffusers_samples_from_a_lora_as_its_card_says(smoke):
 
     pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    folder = smoke / "data/06_models/lora_k4"
+    folder = smoke / "data/smoke/06_models/lora_k4"
 
     def sample() -> Any:
         generator = torch.Generator().manual_seed(0)
@@ -100,18 +101,19 @@ def test_diffusers_samples_from_a_lora_as_its_card_says(smoke):
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_diffusers_draws_with_the_unified_lora_what_we_measure(smoke, steps):
+    from hypersd_pipeline.evaluation.sampling import generate, prompt_noise
     from hypersd_pipeline.io import LoRADataset
-    from hypersd_pipeline.models.lora import Contract, merge_lora
+    from hypersd_pipeline.models.contract import Contract
+    from hypersd_pipeline.models.lora import merge_lora
     from hypersd_pipeline.models.teacher import SHIPPED, TeacherConfig, load_teacher
-    from hypersd_pipeline.pipelines.evaluation.sampling import generate, prompt_noise
 
     folder, prompts = (
-        smoke / "data/06_models/lora_unified",
+        smoke / "data/smoke/06_models/lora_unified",
         ["a red apple on the left, blue background", "a cat in the centre, green background"],
     )
     teacher, lora = load_teacher(TeacherConfig(source="shipped")), LoRADataset(filepath=str(folder)).load()
     contract, noise = Contract.of(lora), prompt_noise(range(2), (16, 8, 8), seed=0)
-    merge_lora(teacher.unet, lora)
+    merge_lora(teacher.backbone.module, lora)
     cond, timesteps = teacher.encode_prompts(prompts), contract.timesteps(steps, 1000)
     (ours,) = generate(teacher, cond, timesteps, seed=0, batch_size=2)
     pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED, safety_checker=None)
@@ -130,8 +132,8 @@ def test_the_notebook_draws_with_all_that_was_made(smoke, monkeypatch):
     names: dict[str, Any] = {}
     for cell in json.loads(Path("sample_lora.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), names)
-    assert len(shown) == 6 and len({picture.tobytes() for picture in shown}) == 6
+            exec("".join(cell["source"]).replace('DATA = "data"', 'DATA = "data/smoke"'), names)
+    assert len(shown) == 6 and len({image.tobytes() for image in shown}) == 6
 
 
 def test_mlflow_has_a_run_with_a_nested_run_for_each_stage(smoke):
@@ -170,7 +172,8 @@ def make_smoke_the_default(project: Path) -> None:
 
 def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes(smoke, run, tmp_path):
     make_smoke_the_default(smoke)
-    run("kedro", "run", "--pipeline", "full_distill")  # trained stages continue from their last checkpoint
+    shutil.copytree(smoke / "data/smoke", smoke / "data", dirs_exist_ok=True)
+    run("kedro", "run", "--pipeline", "full_distill")  # trained stages continue from their last checkpoint, which the copy has
     assert "up to date" in run("dvc", "repro").stdout
 
     file = smoke / "conf/base/parameters_tscd.yml"
@@ -196,12 +199,12 @@ def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes
 
 def test_a_baseline_and_the_ablation_run_on_the_same_data(smoke, run):
     run("kedro", "run", "--env", "smoke", "--pipelines", "baseline_progressive")
-    lora = smoke / "data/06_models/lora_progressive_k1"
-    assert (lora / "pytorch_lora_weights.safetensors").exists() and (smoke / "data/08_reporting/metrics_progressive_k1.json").exists()
+    lora = smoke / "data/smoke/06_models/lora_progressive_k1"
+    assert (lora / "pytorch_lora_weights.safetensors").exists() and (smoke / "data/smoke/08_reporting/metrics_progressive_k1.json").exists()
     first = run("kedro", "run", "--env", "smoke", "--pipelines", "ablation")
-    table = (smoke / "data/08_reporting/ablation.md").read_text()
+    table = (smoke / "data/smoke/08_reporting/ablation.md").read_text()
     assert "|8-4-2-1 hybrid|1|" in table and "|TCD|1|" in table and "|teacher|1|" in table
-    with Image.open(smoke / "data/08_reporting/ablation.png") as plot:
+    with Image.open(smoke / "data/smoke/08_reporting/ablation.png") as plot:
         assert plot.width > 500
     client = MlflowClient(f"sqlite:///{smoke / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("hypersd")
@@ -209,5 +212,5 @@ def test_a_baseline_and_the_ablation_run_on_the_same_data(smoke, run):
     assert cell.info.status == "FINISHED" and "clip_score/4_steps" in cell.data.metrics and "loss" in cell.data.metrics
     again = run("kedro", "run", "--env", "smoke", "--pipelines", "ablation")
     run("kedro", "run", "--env", "smoke", "--pipelines", "baseline_dmd2")
-    assert (smoke / "data/06_models/lora_dmd2/pytorch_lora_weights.safetensors").exists()
+    assert (smoke / "data/smoke/06_models/lora_dmd2/pytorch_lora_weights.safetensors").exists()
     assert "done before" not in first.stdout + first.stderr and "TCD seed 0: done before" in again.stdout + again.stderr

@@ -7,11 +7,25 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from hypersd_pipeline import checks
+from hypersd_pipeline.errors import UserError
 
-def runs_of(folder: Path) -> dict[str, Run]:
+JOURNALS = "data/08_reporting/tracking"
+
+
+def all_runs(folder: Path) -> list[Run]:
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("hypersd")
-    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    return list(client.search_runs([experiment.experiment_id])) if experiment else []
+
+
+def runs_of(folder: Path) -> dict[str, Run]:
+    return {run.info.run_name: run for run in all_runs(folder)}
+
+
+def steps_of(folder: Path, run: Run, metric: str) -> list[int]:
+    history = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").get_metric_history(run.info.run_id, metric)
+    return sorted(point.step for point in history)
 
 
 def test_a_run_has_a_child_per_stage_with_curves_metrics_parameters_and_artifacts(small_project, kedro):
@@ -22,12 +36,15 @@ def test_a_run_has_a_child_per_stage_with_curves_metrics_parameters_and_artifact
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     parent, child = runs["full_distill"], runs["tscd_k2"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    # Plain names in the child, the stage in front in the parent; text and non-finite numbers are left out.
+    # Plain names in the child, the stage in front in the parent. Text and non-finite numbers are left out.
     assert child.data.metrics == {"train/loss": pytest.approx(1 / 3), "fid/4": 20, "interval/0": 1, "interval/1": 2}
     assert parent.data.metrics["tscd_k1/fid/4"] == 10 and parent.data.metrics["tscd_k2/fid/4"] == 20
     assert child.data.params == {"stage.segments": "2", "stage.steps": "3"}
     assert parent.data.params["tscd_k1.stage.segments"] == "1"
-    assert {"git_commit", "git_dirty", "environment", "torch", "process"} <= set(parent.data.tags)
+    assert {"git_commit", "git_dirty", "environment", "torch", "process", "run_key", "lease"} <= set(parent.data.tags)
+    place = f"#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
+    assert "`mlflow server --backend-store-uri sqlite:///mlflow.db`" in done.stderr and place in done.stderr
+    assert [path.name for path in (small_project / JOURNALS).iterdir() if path.name.startswith("20")] == []  # all is sent
     client = MlflowClient(f"sqlite:///{small_project / 'mlflow.db'}")
     assert [point.step for point in client.get_metric_history(child.info.run_id, "train/loss")] == [0, 1, 2]
     assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["metrics_k2.json"]
@@ -36,7 +53,7 @@ def test_a_run_has_a_child_per_stage_with_curves_metrics_parameters_and_artifact
 
 def test_a_failed_run_is_failed_with_its_child_and_keeps_its_curve(small_project, kedro):
     done = kedro(small_project, "run", "--namespaces", "tscd_k2", FAIL="2")
-    assert done.returncode == 1
+    assert done.returncode == 1 and "The same command continues this run." in done.stderr
     runs = runs_of(small_project)
     assert {name: run.info.status for name, run in runs.items()} == {"full_distill tscd_k2": "FAILED", "tscd_k2": "FAILED"}
     assert runs["full_distill tscd_k2"].data.tags["error"] == "UserError: row 7 of data.csv is empty; remove it."
@@ -48,14 +65,55 @@ def test_a_terminated_run_is_failed(small_project, kedro):
     assert {run.info.status for run in runs_of(small_project).values()} == {"FAILED"}
 
 
-def test_a_killed_run_is_failed_once_the_next_one_starts(small_project, kedro):
-    done = kedro(small_project, "run", "--namespaces", "tscd_k2", KILL="2", SIGNAL=str(int(signal.SIGKILL)))
-    assert done.returncode == -signal.SIGKILL
-    killed = runs_of(small_project)
-    assert {run.info.status for run in killed.values()} == {"RUNNING"}
+def test_a_killed_run_is_closed_by_any_other_and_continued_by_the_same_command(small_project, kedro):
+    killed = {"KILL": "2", "KILL_STEP": "1", "SIGNAL": str(int(signal.SIGKILL)), "PAUSE": "0.7"}
+    assert kedro(small_project, "run", **killed).returncode == -signal.SIGKILL
+    assert list((small_project / JOURNALS).glob("*.jsonl"))
     assert kedro(small_project, "run", "--pipelines", "data_prep").returncode == 0
+    first = runs_of(small_project)
+    assert {name: run.info.status for name, run in first.items()} == {
+        "full_distill": "FAILED",
+        "tscd_k1": "FINISHED",  # stages run in the order of their names here
+        "tscd_k2": "FAILED",
+        "data_prep": "FINISHED",
+    }
+    assert not list((small_project / JOURNALS).glob("*.jsonl"))  # the other run sent it
+
+    assert kedro(small_project, "run", START="1").returncode == 0
+    second = runs_of(small_project)
+    assert {name: run.info.run_id for name, run in second.items()} == {name: run.info.run_id for name, run in first.items()}
+    assert {run.info.status for run in second.values()} == {"FINISHED"}
+    for run, name in ((second["tscd_k2"], "train/loss"), (second["full_distill"], "tscd_k2/train/loss")):
+        assert steps_of(small_project, run, name) == [0, 1, 1, 2]
+    assert [line.partition(",")[0] for line in (small_project / "data/tscd_k2.csv").read_text().splitlines()] == ["step", "0", "1", "2"]
+
+
+def test_a_run_of_an_orchestrator_takes_two_calls_with_other_parameters(small_project, kedro):
     client = MlflowClient(f"sqlite:///{small_project / 'mlflow.db'}")
-    assert {client.get_run(run.info.run_id).info.status for run in killed.values()} == {"FAILED"}
+    run_id = client.create_run(client.create_experiment("hypersd"), run_name="orchestrator").info.run_id
+    assert kedro(small_project, "run", "--pipelines", "data_prep", MLFLOW_RUN_ID=run_id).returncode == 0
+    done = kedro(small_project, "run", "--pipelines", "data_prep", "--params", "size=5", MLFLOW_RUN_ID=run_id)
+    assert done.returncode == 0 and "recorded as size.2" in done.stderr, done.stderr
+    (run,) = all_runs(small_project)
+    assert (run.info.run_name, run.info.status) == ("orchestrator", "FINISHED")
+    assert run.data.params == {"size": "4", "size.2": "5"}
+
+
+def test_a_runner_that_works_on_nodes_beside_each_other_is_refused_before_anything_runs(small_project, kedro):
+    done = kedro(small_project, "run", "--runner", "ThreadRunner")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "Error: --runner ThreadRunner: nodes run one after another" in done.stderr
+    assert not (small_project / "data/tscd_k2.csv").exists() and not all_runs(small_project)
+
+
+def test_which_runners_are_refused():
+    with pytest.raises(UserError, match="--async: nodes run one after another"):
+        checks.check_runner(None, is_async=True)
+    for accepted in (None, "SequentialRunner", "kedro.runner.SequentialRunner", "<kedro.runner.sequential_runner.SequentialRunner object>"):
+        checks.check_runner(accepted)
+    for refused in ("ParallelRunner", "kedro.runner.ThreadRunner", "Nonsense", "<kedro.runner.parallel_runner.ParallelRunner object at 0>"):
+        with pytest.raises(UserError, match="so "):
+            checks.check_runner(refused)
 
 
 def test_the_tracking_uri_of_the_environment_is_respected(small_project, kedro, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-RESOLUTION = 64  # pixels; the VAE's reduction is 8, as in the real ones
+RESOLUTION = 64  # pixels. The VAE's reduction is 8, as in the real ones
 CAPTIONS = ["a red apple on a blue background", "two cats", "a green tree on the left"]
 
 

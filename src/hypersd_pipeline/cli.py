@@ -1,4 +1,4 @@
-"""Commands that ``kedro`` finds here: ``run`` with readable errors, and ``catalog list``."""
+"""Commands that ``kedro`` finds here: ``run`` with readable errors, ``catalog list``, ``options`` and ``tracking send``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from kedro.framework.cli.catalog import catalog as kedro_catalog
 from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.project import settings
 
-from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.errors import UserError, storage_fault
+from hypersd_pipeline.masking import masked
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 def readable(error: BaseException) -> str | None:
-    """The sentence to print for `error` instead of a traceback; None for a fault of the program.
+    """The sentence to print for `error` instead of a traceback. None for a fault of the program.
 
     Kedro wraps what a dataset raises, so causes are searched too. A ``ValueError`` that Kedro's pipeline filter raises is a misspelt
     node, tag or namespace.
@@ -35,17 +36,18 @@ def readable(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, told):
-            return " ".join(str(cause).split())
+            return masked(" ".join(str(cause).split()))
         cause = cause.__cause__
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else ""
     if isinstance(error, ValueError) and Path(raised_in).parts[-3:] == ("kedro", "pipeline", "pipeline.py"):
-        return " ".join(str(error).split())
-    return None
+        return masked(" ".join(str(error).split()))
+    fault = storage_fault(error)
+    return masked(fault) if fault else None
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, and an interrupt closes the open MLflow runs as FAILED."""
+    """SIGTERM raises KeyboardInterrupt, and whatever ends the command closes the open MLflow runs as FAILED."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -53,10 +55,9 @@ def _terminable() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        from hypersd_pipeline.hooks import fail_open_runs
-
-        fail_open_runs()
+    except BaseException:
+        if hooks := sys.modules.get("hypersd_pipeline.hooks"):
+            hooks.fail_open_runs()
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -66,7 +67,7 @@ class ReadableCommand(click.Command):
     """A command whose user errors are one line on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the callback; `readable` decides which exceptions are printed without a traceback."""
+        """Run the callback. `readable` decides which exceptions are printed without a traceback."""
         try:
             with _terminable():
                 return super().invoke(ctx)
@@ -75,7 +76,9 @@ class ReadableCommand(click.Command):
         except Exception as error:
             sentence = readable(error)
             if sentence is None:
-                raise
+                text = masked("".join(traceback.format_exception(error)))
+                click.echo(text, err=True, nl=False)
+                raise click.exceptions.Exit(1) from error
             raise click.ClickException(sentence) from error
 
 
@@ -86,6 +89,7 @@ def _run(**options: Any) -> Any:
     if options["pipeline"] and not options["pipelines"]:
         options["pipelines"], options["pipeline"] = [options["pipeline"]], None
     checks.check_pipelines(options["pipelines"] or [])
+    checks.check_runner(options["runner"], options["is_async"] or bool((options.get("runner_params") or {}).get("is_async")))
     conf = Path(options["conf_source"] or settings.CONF_SOURCE)
     checks.check_environment(conf, options["env"] or os.getenv("KEDRO_ENV"))
     assert kedro_run.callback is not None
@@ -97,9 +101,50 @@ def cli() -> None:
     """Commands of this project."""
 
 
+def _options(section: str, env: str | None) -> None:
+    """Every option below SECTION of conf/ (such as tscd_k4.stage): its value, and the file that sets it."""
+    from kedro.framework.session import KedroSession
+    from kedro.utils import find_kedro_project
+
+    from hypersd_pipeline.config_loader import ProjectConfigLoader
+    from hypersd_pipeline.options import options
+
+    root = find_kedro_project(Path.cwd()) or Path.cwd()
+    with KedroSession.create(project_path=root, env=env) as session:
+        loader = session._get_config_loader()  # type: ignore[attr-defined]
+        assert isinstance(loader, ProjectConfigLoader)
+        lines = options(loader, root, section)
+    widths = [max(len(line[i]) for line in lines) for i in (0, 1)]
+    for key, value, where in lines:
+        click.echo(f"{key:{widths[0]}}  {value:{min(widths[1], 40)}}  {where}")
+
+
+def _send(env: str | None) -> None:
+    """Send to MLflow what earlier runs recorded while the server was away."""
+    from kedro.framework.session import KedroSession
+    from kedro.utils import find_kedro_project
+
+    from hypersd_pipeline.hooks import send_journals
+
+    with KedroSession.create(project_path=find_kedro_project(Path.cwd()) or Path.cwd(), env=env) as session:
+        click.echo(send_journals(session.load_context()))  # type: ignore[attr-defined]
+
+
 run = ReadableCommand("run", callback=_run, params=kedro_run.params, help=kedro_run.help, context_settings=_CONTEXT)
 _describe = kedro_catalog.commands["describe-datasets"]
 _list = ReadableCommand("list", callback=_describe.callback, params=_describe.params, help=_describe.help)
 catalog = click.Group("catalog", commands={**kedro_catalog.commands, "list": _list}, help=kedro_catalog.help)
 cli.add_command(run)
+cli.add_command(
+    ReadableCommand(
+        "options",
+        callback=_options,
+        params=[click.Argument(["section"]), click.Option(["--env", "-e"], help="Environment in conf/.")],
+        help=_options.__doc__,
+        context_settings=_CONTEXT,
+    )
+)
 cli.add_command(catalog)
+_env = click.Option(["--env", "-e"], help="Environment in conf/.")
+_send_command = ReadableCommand("send", callback=_send, params=[_env], help=_send.__doc__, context_settings=_CONTEXT)
+cli.add_command(click.Group("tracking", commands={"send": _send_command}, help="What is recorded in MLflow."))

@@ -19,7 +19,7 @@ class _Finder:
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
         if name == "torchvision":
-            sys.meta_path.remove(cls)  # once; the regular finders go on from here
+            sys.meta_path.remove(cls)  # once. The regular finders go on from here
             _declare_missing_operators()
 
 

@@ -1,4 +1,4 @@
-"""What the UNet is conditioned on, for both teacher layouts."""
+"""What a network is conditioned on, for all teacher layouts."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Conditioning:
 
     Attributes:
         prompt_embeds: ``[b, L, D]``, the text encoders' hidden states.
-        pooled: ``[b, P]``, SDXL's pooled text embedding; None for the SD1.5 layout.
-        time_ids: ``[b, 6]``, SDXL's sizes and crop; None for the SD1.5 layout.
+        pooled: ``[b, P]``, SDXL's pooled text embedding. None for the SD1.5 layout.
+        sizes: ``[b, 6]``, SDXL's size conditioning (see `size_conditioning`). None for the SD1.5 layout.
     """
 
     prompt_embeds: Tensor
     pooled: Tensor | None = None
-    time_ids: Tensor | None = None
+    sizes: Tensor | None = None
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
-        pooled, time_ids = (None if x is None else fn(x) for x in (self.pooled, self.time_ids))
-        return Conditioning(fn(self.prompt_embeds), pooled, time_ids)
+        pooled, sizes = (None if x is None else fn(x) for x in (self.pooled, self.sizes))
+        return Conditioning(fn(self.prompt_embeds), pooled, sizes)
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -46,7 +46,7 @@ class Conditioning:
 
     @staticmethod
     def cat(*parts: Conditioning) -> Conditioning:
-        """Concatenate along the batch; all parts have the same layout."""
+        """Concatenate along the batch. All parts have the same layout."""
 
         def join(tensors: list[Tensor | None]) -> Tensor | None:
             present = [x for x in tensors if x is not None]
@@ -55,11 +55,9 @@ class Conditioning:
             return torch.cat(present) if present else None
 
         embeds = torch.cat([p.prompt_embeds for p in parts])
-        return Conditioning(embeds, join([p.pooled for p in parts]), join([p.time_ids for p in parts]))
+        return Conditioning(embeds, join([p.pooled for p in parts]), join([p.sizes for p in parts]))
 
-    def unet_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for diffusers' ``UNet2DConditionModel.forward``."""
-        kwargs: dict[str, Any] = {"encoder_hidden_states": self.prompt_embeds}
-        if self.pooled is not None:
-            kwargs["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.time_ids}
-        return kwargs
+
+def size_conditioning(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """SDXL's size conditioning, float32 ``[6]``: (height, width) as found, (top, left) of the crop, (height, width) that the VAE sees."""
+    return torch.tensor([*original, *crop, *target], dtype=torch.float32)

@@ -2,154 +2,294 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
 import platform
+import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import psutil
+from kedro.config import AbstractConfigLoader, MissingConfigException
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
-from kedro_mlflow.framework.hooks.mlflow_hook import MlflowHook
-from mlflow import MlflowClient
-from mlflow.entities import Run
-from pydantic import BaseModel
+from kedro_mlflow.config.kedro_mlflow_config import KedroMlflowConfig
+from pydantic import BaseModel, ValidationError
 
 from hypersd_pipeline import checks
+from hypersd_pipeline.config_loader import ProjectConfigLoader
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import fingerprint
 from hypersd_pipeline.io import tracking
-from hypersd_pipeline.io.metrics import MetricsDataset, MetricStream
+from hypersd_pipeline.io.journal import PIPELINE, Delivery, Journal, Sender, folder_id, milliseconds, send_left
+from hypersd_pipeline.io.metrics import MetricsDataset
+from hypersd_pipeline.io.mlflow_store import connect, reason, this_process
+from hypersd_pipeline.masking import mask_logs, masked
 
 logger = logging.getLogger(__name__)
 
-_PROCESS_TAG = "process"
+_FILTERS = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "only_missing_outputs")
 
 
 class ChecksHook:
     """Refuses a run that cannot work before any node runs and before anything is recorded."""
 
+    def __init__(self) -> None:
+        self._loader: AbstractConfigLoader | None = None
+
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Raises UserError for a parameter that its pydantic model refuses."""
+        """Raises UserError for a file of ``conf/`` that cannot be read, and for a value in it that is refused."""
+        self._loader = context.config_loader
         checks.check_parameters(context.config_loader, context.project_path)
+        checks.check_catalog(context.config_loader)
+        checks.check_tracking(context.config_loader)
 
     @hook_impl
-    def before_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-        """Raises UserError for a parameter, an input file or a judge's weights that are not there."""
-        checks.check_inputs(pipeline, catalog)
-        checks.check_judges(pipeline, catalog)
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: CatalogProtocol) -> None:
+        """Raises UserError for a dataset, an input file, a teacher or a judge that cannot be used. What is cheap is checked first."""
+        checks.check_runner(run_params.get("runner"))
+        checks.check_datasets(pipeline, catalog, self._loader)
+        checks.check_inputs(pipeline, catalog, run_params["env"])
+        checks.check_starts(pipeline, catalog)
+        checks.check_models(pipeline, catalog)
 
 
-class TrackingHook(MlflowHook):
-    """kedro-mlflow's hook (one MLflow run per pipeline run) with a nested run per namespace, that is per training stage.
+class TrackingHook:
+    """One MLflow run per pipeline run, with a nested run per namespace, that is per training stage.
 
-    Children carry plain metric names (``train/loss``), equal from stage to stage and run to run; the parent has the same ones with the
-    stage in front (``tscd_k4/train/loss``), so that two pipeline runs compare on one page. Datasets with ``metadata: {mlflow: artifact}``
-    are uploaded, `MetricsDataset` becomes metrics (``metadata: {prefix: teacher}`` puts ``teacher/`` in front), typed parameters are
-    flattened.
+    It takes the place of kedro-mlflow's hook and reads the same mlflow.yml. What is recorded goes into a journal, which a thread sends:
+    see `io.journal`. An interrupted pipeline run that is started again continues its MLflow runs. Datasets with
+    ``metadata: {mlflow: artifact}`` are uploaded, `MetricsDataset` becomes metrics (``metadata: {prefix: teacher}`` puts ``teacher/`` in
+    front), parameters are flattened.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._children: dict[str, str] = {}
-        self._streams: list[MetricStream] = []
+        self._run: _TrackedRun | None = None
         self._data_hash: str | None = None
         self._catalog: CatalogProtocol | None = None
 
     @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Read mlflow.yml. Nothing is connected to yet. Raises UserError for a key or value that it cannot have."""
+        mask_logs()
+        self._config, self._folder = _mlflow_config(context), _journals(context)
+        context.__setattr__("mlflow", self._config)  # for the commands of kedro-mlflow
+
+    @hook_impl
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-        """Open the parent run; runs of processes that were killed are closed as FAILED first."""
-        self._children, self._streams, self._data_hash, self._catalog = {}, [], None, catalog
-        self.run_id = None
-        close_dead_runs(self.mlflow_config.tracking.experiment._experiment.experiment_id)
-        super().before_pipeline_run(run_params, pipeline, catalog)
-        if self._is_mlflow_enabled and self.run_id:
-            if not self.mlflow_config.tracking.run.name:
-                MlflowClient().update_run(self.run_id, name=_run_name(run_params))
-            mlflow.set_tags(_provenance(Path(run_params["project_path"]), run_params["env"]))
+        """Begin the run. Raises UserError if the server cannot be reached, unless HYPERSD_TRACKING=offline."""
+        fail_open_runs()  # an interrupt in a notebook reaches no hook
+        self._run, self._data_hash, self._catalog = None, None, catalog
+        disabled = self._config.tracking.disable_tracking.pipelines
+        if all(name in disabled for name in run_params["pipeline_names"] or ["__default__"]):
+            return
+        self._run = _TrackedRun(self._config, self._folder, run_params, _resolved(pipeline, catalog))
 
     @hook_impl
-    def after_dataset_loaded(self, data: Any, node: Node) -> None:
-        """Keep the metric stream that must be flushed, and the content hash of the training data."""
-        if isinstance(data, MetricStream):
-            self._streams.append(data)
+    def after_dataset_loaded(self, data: Any) -> None:
+        """Record the content hash of the training data."""
         key = getattr(data, "key", None)
-        if type(data).__name__ == "LatentCache" and key and self.run_id:
+        if type(data).__name__ == "LatentCache" and key and self._run:
             self._data_hash = str(key)
-            MlflowClient().set_tag(self.run_id, "data_hash", self._data_hash)
+            self._run.recorder.tags({"data_hash": self._data_hash})
 
     @hook_impl
-    def before_node_run(self, node: Node, catalog: CatalogProtocol, inputs: dict[str, Any], is_async: bool) -> None:
-        """Log the parameters in the parent run, then make the stage's own run the active one."""
-        self._close_child()
-        plain = {name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value for name, value in inputs.items()}
-        active, run_id = mlflow.active_run(), self.run_id
-        if active and active.info.run_id == run_id:
-            self.run_id = None  # kedro-mlflow would open the active run once more for each node
-        super().before_node_run(node, catalog, plain, is_async)
-        self.run_id = run_id
-        if node.namespace and self._is_mlflow_enabled and mlflow.active_run():
-            self._open_child(node.namespace, plain)
-
-    @hook_impl
-    def after_node_run(self) -> None:
-        """Write out the curves."""
-        self._flush()
+    def before_node_run(self, node: Node, inputs: dict[str, Any]) -> None:
+        """Record the parameters in the pipeline's run and in the stage's own, which becomes the active one."""
+        if self._run is None:
+            return
+        recorder, stage = self._run.recorder, node.namespace
+        if recorder.stage:  # of the node before, whose outputs are saved by now
+            recorder.close("FINISHED")
+        given = {name.removeprefix("params:"): _plain(value) for name, value in inputs.items() if name.startswith("params:")}
+        recorder.parameters(given, in_pipeline=True)
+        if stage:
+            recorder.open(stage, {tracking.STAGE_TAG: stage, **({"data_hash": self._data_hash} if self._data_hash else {})})
+            recorder.parameters({name.removeprefix(f"{stage}."): value for name, value in given.items()})
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
-        """Send metrics and artifacts of the dataset to the active run."""
-        if not mlflow.active_run() or self._catalog is None:
+        """Record metrics and artifacts."""
+        if self._run is None or self._catalog is None:
             return
         dataset = self._catalog.get(dataset_name)
         metadata = getattr(dataset, "metadata", None) or {}
         if isinstance(dataset, MetricsDataset):
             tracking.log_final({metadata["prefix"]: data} if "prefix" in metadata else data)
         if metadata.get("mlflow") == "artifact":
-            path = Path(dataset._filepath)  # type: ignore[union-attr]
-            mlflow.log_artifacts(str(path), dataset_name) if path.is_dir() else mlflow.log_artifact(str(path))
+            self._run.recorder.artifact(str(Path(dataset._filepath).absolute()), dataset_name)  # type: ignore[union-attr]
 
     @hook_impl
-    def after_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-        """Close the runs as FINISHED."""
-        self._close_child()
-        super().after_pipeline_run(run_params, pipeline, catalog)
+    def after_pipeline_run(self) -> None:
+        """Close the runs as FINISHED, and say where they are."""
+        if self._run:
+            self._run.finish("FINISHED")
 
     @hook_impl
-    def on_pipeline_error(self, error: Exception, run_params: dict[str, Any], pipeline: Pipeline, catalog: CatalogProtocol) -> None:
+    def on_pipeline_error(self, error: Exception) -> None:
         """Close the runs as FAILED, with the error's sentence as a tag."""
-        self._flush()
-        if self.run_id:
-            MlflowClient().set_tag(self.run_id, "error", f"{type(error).__name__}: {error}"[:500])
-        if mlflow.active_run():
-            super().on_pipeline_error(error, run_params, pipeline, catalog)
+        if self._run:
+            self._run.recorder.tags({"error": f"{type(error).__name__}: {error}"[:500]})
+            self._run.finish("FAILED")
 
-    def _flush(self) -> None:
-        streams, self._streams = self._streams, []
-        for stream in streams:
-            stream.flush()
 
-    def _open_child(self, stage: str, inputs: dict[str, Any]) -> None:
-        tags = {tracking.STAGE_TAG: stage, **_process_tag(), **({"data_hash": self._data_hash} if self._data_hash else {})}
-        run = mlflow.start_run(run_id=self._children.get(stage), run_name=stage, nested=True, tags=tags)
-        self._children[stage] = run.info.run_id
-        parameters = {
-            name.removeprefix("params:").removeprefix(f"{stage}."): value for name, value in inputs.items() if name.startswith("params:")
+class _TrackedRun:
+    """What is recorded of one pipeline run, from the check of the server to the sentence that says where the results are."""
+
+    def __init__(self, config: KedroMlflowConfig, folder: Path, run_params: dict[str, Any], parameters: dict[str, Any]) -> None:
+        root, env = Path(run_params["project_path"]), run_params["env"]
+        uri, options, active = config.server.mlflow_tracking_uri or "", config.tracking, mlflow.active_run()
+        self._env, self._keep_open = env, active is not None  # a run that Python code opened around the session is its own to close
+        if active:
+            uri = mlflow.get_tracking_uri()
+        given = active.info.run_id if active else os.environ.get("MLFLOW_RUN_ID") or options.run.id
+        self._store = None if _is_offline() else connect(uri, options.experiment, given)
+        chosen = {name: run_params.get(name) for name in ("pipeline_names", *_FILTERS)}
+        try:
+            data = folder_id(folder)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}), so make room there or correct its permissions.") from error
+        self._name = options.run.name or _run_name(run_params)
+        begun = {
+            "open": self._name,
+            "key": fingerprint(options.experiment.name, self._name, chosen, env, parameters, data),
+            "given": given,
+            "process": this_process(),
+            "time": milliseconds(),
+            "tags": {name: str(value) for name, value in run_params.items() if value} | _provenance(root, env),
         }
-        mlflow.log_params(tracking.flatten(parameters, sep="."))
+        self.recorder = tracking.recorder = tracking.Recorder(Journal(folder, begun))
+        self._sender = Sender(self.recorder.journal, self._store) if self._store else None
+        _open_runs.append(self)
 
-    def _close_child(self) -> None:
-        run = mlflow.active_run()
-        if run and run.info.run_id in self._children.values():
-            mlflow.end_run()
+    def finish(self, status: str, seconds: float = 30.0) -> None:
+        """Close the runs, send the rest, and say where the results are and what to do next."""
+        if self not in _open_runs:
+            return
+        _open_runs.remove(self)
+        tracking.recorder = None
+        self.recorder.close_all(status, parent=not self._keep_open)
+        journal, again = self.recorder.journal, "" if status == "FINISHED" else "The same command continues this run."
+        send = f"`kedro tracking send{f' --env {self._env}' if self._env else ''}`"
+        if self._sender is None:
+            journal.close()
+            logger.warning(
+                "Tracking is offline: this run is recorded in %s, which the next online run or %s sends.", _short(journal.path), send
+            )
+        elif not self._sender.finish(seconds):
+            failure = self._sender.failure
+            logger.warning(
+                "MLflow could not take everything (%s): this run is recorded in %s, which the next run or %s sends.",
+                reason(failure) if failure else f"not done within {seconds:.0f} seconds",
+                _short(journal.path),
+                send,
+            )
+        else:
+            self._say_where(self._sender.delivery)
+        if again:
+            logger.info(again)
+
+    def _say_where(self, delivery: Delivery) -> None:
+        if delivery.refused:
+            refused = _short(delivery.path.with_suffix(".refused"))
+            logger.warning("MLflow refused %d entries of this run, which are kept in %s.", delivery.refused, refused)
+        run_id = delivery.runs.get(PIPELINE)
+        if run_id and self._store:
+            try:
+                logger.info("This run is '%s' in MLflow: %s", self._name, self._store.page(run_id))
+            except Exception as error:  # gone since
+                logger.debug("%r", error)
+
+
+_open_runs: list[_TrackedRun] = []
+
+
+def fail_open_runs() -> None:
+    """Close what this process still records as FAILED (an interrupt reaches no Kedro hook)."""
+    for run in list(_open_runs):
+        run.finish("FAILED", seconds=10.0)
+
+
+def send_journals(context: KedroContext) -> str:
+    """Send what earlier runs left, and say so.
+
+    Raises:
+        UserError: the server cannot be reached, or takes some of it not.
+    """
+    config: KedroMlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    folder = _journals(context)
+    if not list(folder.glob("*.jsonl")):
+        return f"There is nothing to send in {_short(folder)}."
+    store = connect(config.server.mlflow_tracking_uri or "", config.tracking.experiment)
+    try:
+        sent, refused = send_left(folder, store)
+    except Exception as error:
+        raise UserError(f"MLflow does not answer any more ({reason(error)}), so try again later.") from error
+    left = len(list(folder.glob("*.jsonl")))
+    said = [f"Sent {sent} journal{'s' * (sent != 1)} to {masked(store.uri)}."]
+    if left:
+        said.append(f"{left} left in {_short(folder)} belong to runs that go on, or cannot be sent now.")
+    if refused:
+        said.append(f"MLflow refused {refused} entries, which are kept there in files named .refused.")
+    return " ".join(said)
+
+
+def _mlflow_config(context: KedroContext) -> KedroMlflowConfig:
+    try:
+        config = KedroMlflowConfig.model_validate(dict(context.config_loader["mlflow"]))
+    except MissingConfigException:
+        config = KedroMlflowConfig()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"mlflow.yml: {'.'.join(map(str, first['loc']))}: {first['msg']}, so correct it or remove it.") from error
+    root, server, options = Path(context.project_path), config.server, config.tracking.experiment.create_experiment_kwargs
+    server.mlflow_tracking_uri = _address(root, server.mlflow_tracking_uri or mlflow.get_tracking_uri())
+    if options.artifact_location:
+        options.artifact_location = _address(root, options.artifact_location)
+    config._export_credentials(context)
+    config._register_request_header_provider(context)
+    return config
+
+
+def _address(root: Path, given: str) -> str:
+    """A store's address; a path is relative to the project."""
+    return given if ":" in given or given.startswith("databricks") else (root / given).as_uri()
+
+
+def _journals(context: KedroContext) -> Path:
+    loader, below = context.config_loader, "08_reporting/tracking"
+    folder = loader.data_folder(below) if isinstance(loader, ProjectConfigLoader) else f"data/{below}"
+    return Path(context.project_path) / folder
+
+
+def _is_offline() -> bool:
+    """Whether HYPERSD_TRACKING asks to record in files only."""
+    choice = os.environ.get("HYPERSD_TRACKING") or "online"
+    if choice not in ("online", "offline"):
+        raise UserError(f"HYPERSD_TRACKING: '{choice}' is no choice, so set it to online or offline, or unset it.")
+    return choice == "offline"
+
+
+def _resolved(pipeline: Pipeline, catalog: CatalogProtocol) -> dict[str, Any]:
+    """The parameters that `pipeline` reads."""
+    names = [name for name in sorted(pipeline.inputs()) if name.startswith("params:") or name == "parameters"]
+    return {name: _plain(catalog.load(name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 class DvcHook:
@@ -202,10 +342,6 @@ def _sources(root: Path) -> list[tuple[str, int, int]]:
 
 
 def _described_by_dvc(run_params: dict[str, Any], root: Path) -> bool:
-    filters = (
-        *("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "runtime_params"),
-        "only_missing_outputs",
-    )
     whole = (run_params["pipeline_names"] or ["__default__"]) in (["__default__"], ["full_distill"])
     local = run_params["env"] in (None, "local")
     overridden = local and any(file.suffix in (".yml", ".yaml", ".json") for file in (root / "conf" / "local").rglob("*"))
@@ -213,7 +349,7 @@ def _described_by_dvc(run_params: dict[str, Any], root: Path) -> bool:
         whole
         and run_params["env"] in (None, "base", "local")
         and not overridden
-        and not any(run_params.get(name) for name in filters)
+        and not any(run_params.get(name) for name in (*_FILTERS, "runtime_params"))
         and "DVC_ROOT" not in os.environ
         and all((root / name).exists() for name in (".git", ".dvc", "dvc.yaml"))
     )
@@ -245,35 +381,16 @@ def _provenance(root: Path, env: str | None) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {os.cpu_count()}",
-        **_process_tag(),
+        "kedro_command": shlex.join(["kedro", *sys.argv[1:]]),
+        # columns of MLflow's table
+        "mlflow.source.name": "kedro run",
+        "mlflow.source.type": "PROJECT",
+        "mlflow.user": _user(),
     }
 
 
-def _process_tag() -> dict[str, str]:
-    return {_PROCESS_TAG: f"{socket.gethostname()}/{os.getpid()}/{psutil.Process().create_time():.0f}"}
-
-
-def _is_dead(run: Run) -> bool:
-    """Whether the process that opened `run` was on this machine and is gone."""
-    host, _, process = run.data.tags.get(_PROCESS_TAG, "").partition("/")
-    if host != socket.gethostname() or not process:
-        return False
-    pid, _, started = process.partition("/")
+def _user() -> str:
     try:
-        return f"{psutil.Process(int(pid)).create_time():.0f}" != started
-    except psutil.NoSuchProcess:
-        return True
-
-
-def close_dead_runs(experiment_id: str) -> None:
-    """Mark as FAILED the runs of this machine that still say RUNNING although their process was killed."""
-    client = MlflowClient()
-    for run in client.search_runs([experiment_id], filter_string="attributes.status = 'RUNNING'"):
-        if _is_dead(run):
-            client.set_terminated(run.info.run_id, "FAILED")
-
-
-def fail_open_runs() -> None:
-    """Close the active runs of this process as FAILED, innermost first (an interrupt reaches no Kedro hook)."""
-    while mlflow.active_run():
-        mlflow.end_run("FAILED")
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container without a name for its user
+        return "unknown"

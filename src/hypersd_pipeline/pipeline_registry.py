@@ -1,4 +1,4 @@
-"""Registered pipelines: one per folder of ``pipelines/``; ``kedro run`` alone runs ``full_distill``."""
+"""Registered pipelines: one per folder of ``pipelines/``. ``kedro run`` alone runs ``full_distill``."""
 
 import warnings
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from kedro.utils import find_kedro_project
 from omegaconf.resolvers import oc
 
+from hypersd_pipeline.config_loader import ProjectConfigLoader
 from hypersd_pipeline.hooks import ChecksHook, DvcHook, TrackingHook
 
 
@@ -31,6 +32,8 @@ HOOKS = (DvcHook(), TrackingHook(), ChecksHook())
 # TrackingHook extends the hook of kedro-mlflow and takes its place.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow", "kedro-telemetry")
 
+# Environments that extend others, sections that are like others, and a data folder per environment.
+CONFIG_LOADER_CLASS = ProjectConfigLoader
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
     "default_run_env": "local",

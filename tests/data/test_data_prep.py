@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 def catalog_in(root: Path, data: DataConfig, teacher: TeacherConfig) -> DataCatalog:
     """The project's own catalog entries, with paths under ``root``."""
-    text = (CONF / "base/catalog_data.yml").read_text().replace("filepath: data/", f"filepath: {root.as_posix()}/data/")
+    text = re.sub(r"\$\{data:(\w+)\}", rf"{root.as_posix()}/data/\1", (CONF / "base/catalog_data.yml").read_text())
     catalog = DataCatalog.from_config(yaml.safe_load(text))
     catalog["params:data"], catalog["params:teacher"] = data, teacher
     return catalog
@@ -43,11 +44,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
 
 
 def test_embedded_scenes_go_through(tmp_path: Path, teacher: TeacherConfig) -> None:
-    data = DataConfig(source={"kind": "twemoji", "train": 5, "val": 1, "test": 2, "test_unseen": 1}, shard_rows=3)
+    data = DataConfig(source={"kind": "twemoji", "train": 5, "val": 1, "test": 4, "test_unseen": 1}, shard_rows=3)
     catalog = catalog_in(tmp_path, data, teacher)
     SequentialRunner().run(create_pipeline(), catalog)
     cache, manifest = catalog.load("latents"), catalog.load("manifest")
-    assert {name: len(cache.split(name)) for name in cache.splits} == {"train": 5, "val": 1, "test": 2, "test_unseen": 1}
+    assert {name: len(cache.split(name)) for name in cache.splits} == {"train": 5, "val": 1, "test": 4, "test_unseen": 1}
     assert cache.parts["rows"] == manifest.key
     rejected = pd.read_csv(tmp_path / "data/08_reporting/rejected_rows.csv")
     assert list(rejected.columns) == ["file", "row", "split", "reason"] and rejected.empty
@@ -63,16 +64,17 @@ def test_a_folder_of_ones_own_goes_through_where_it_lies(tmp_path: Path, teacher
     from PIL import Image
 
     own = tmp_path / "own"
-    own.mkdir()
-    for i in range(4):
-        Image.new("RGB", (70, 90), (60 * i, 0, 0)).save(own / f"{i}.png")
-        (own / f"{i}.txt").write_text(f"shade {i}" if i else " ")
-    source = {"kind": "folder", "root": str(own), "splits": {"train": "."}}
-    catalog = catalog_in(tmp_path / "project", DataConfig(source=source), teacher)
+    for split in ("train", "test"):
+        (own / split).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (70, 90), (60 * i, 0, 200 * (split == "test"))).save(own / split / f"{i}.png")
+            (own / split / f"{i}.txt").write_text(f"shade {i}" if i or split == "test" else " ")
+    catalog = catalog_in(tmp_path / "project", DataConfig(source={"kind": "folder", "root": str(own)}), teacher)
     SequentialRunner().run(create_pipeline(), catalog)
     assert catalog.load("manifest").root == own and len(catalog.load("latents").split("train")) == 3
     rejected = pd.read_csv(tmp_path / "project/data/08_reporting/rejected_rows.csv")
-    assert rejected.to_dict("records") == [{"file": "0.png", "row": "0.png", "split": "train", "reason": "the caption is empty"}]
+    row = {"file": "train/0.png", "row": "0.png", "split": "train", "reason": "the caption is empty"}
+    assert rejected.to_dict("records") == [row]
 
 
 def test_the_configuration_in_conf_is_valid_and_says_what_the_issue_asks() -> None:

@@ -21,7 +21,7 @@ from hypersd_pipeline.data.validate import validate
 from hypersd_pipeline.errors import UserError
 
 
-def picture(path: Path, size: tuple[int, int] = (24, 16), seed: int = 0) -> None:
+def write_image(path: Path, size: tuple[int, int] = (24, 16), seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng([seed, *path.name.encode()]).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).save(path)
@@ -41,7 +41,7 @@ class Coco:
     ) -> None:
         name = f"{image_id:012d}.png" if name is None else name
         if write:
-            picture(self.root / "train2017" / name, size)
+            write_image(self.root / "train2017" / name, size)
         self.images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1], **stated})
         self.captions += [{"id": len(self.captions), "image_id": image_id, "caption": c} for c in captions]
 
@@ -209,7 +209,7 @@ def folder(root: Path, **extra: Any):
 
 def test_folder_with_text_files(tmp_path: Path) -> None:
     for name in ("train/a.png", "train/sub/b.JPG", "train/c.png", "train/d.png", "val/e.png"):
-        picture(tmp_path / name)
+        write_image(tmp_path / name)
     (tmp_path / "train/a.txt").write_text("a fox\n\na red fox\n")
     (tmp_path / "train/sub/b.txt").write_text("an owl", encoding="utf-8-sig")
     (tmp_path / "train/d.txt").write_bytes(b"\xff\xfe\x00")
@@ -222,13 +222,13 @@ def test_folder_with_text_files(tmp_path: Path) -> None:
     assert [row.file for row in manifest.splits["val"]] == ["val/e.png"]
     assert dict(zip(table.file, table.reason, strict=True)) == {
         "train/c.png": "there is no caption file c.txt",
-        "train/d.png": "the caption file d.txt is not UTF-8 text",
+        "train/d.png": "the caption file d.txt is UTF-16, not UTF-8; save it as UTF-8",
     }
 
 
 def test_folder_with_jsonl(tmp_path: Path) -> None:
     for name in "abc":
-        picture(tmp_path / f"{name}.png")
+        write_image(tmp_path / f"{name}.png")
     lines = [{"file_name": "a.png", "text": "a fox"}, {"file": "b.png", "captions": ["an owl", "a bird"]}, "oops", {"caption": "lost"}]
     lines += [{"file_name": "a.png", "text": "again"}, {"file_name": "../x.png", "text": "out"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
@@ -237,11 +237,12 @@ def test_folder_with_jsonl(tmp_path: Path) -> None:
     reasons = dict(zip(table.row, table.reason, strict=True))
     assert reasons["line 3"] == reasons["line 7"] == "the line is no JSON object"
     assert reasons["line 4"] == "the row names no file" and "leads out" in reasons["line 6"]
-    assert reasons["line 5"] == "duplicate id a.png (first at line 1)" and len(reasons) == 5
+    assert reasons["line 5"] == "duplicate id a.png (first at line 1)" and len(reasons) == 6
+    assert reasons["c.png"] == "no line of metadata.jsonl names the image"
 
 
 def test_several_jsonl_files_must_be_told_apart(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     for name in ("one.jsonl", "two.jsonl"):
         (tmp_path / name).write_text('{"file_name": "a.png", "text": "a fox"}\n')
     with pytest.raises(UserError, match=r"one.jsonl, two.jsonl.*data.source.captions"):
@@ -251,30 +252,31 @@ def test_several_jsonl_files_must_be_told_apart(tmp_path: Path) -> None:
 
 def test_a_folder_without_splits_is_split_by_hash(tmp_path: Path) -> None:
     for i in range(60):
-        picture(tmp_path / f"{i:03d}.png", (2, 2))
+        write_image(tmp_path / f"{i:03d}.png", (2, 2))
         (tmp_path / f"{i:03d}.txt").write_text(f"number {i}")
     splits = {"train": {"share": [0, 0.7]}, "test": {"share": [0.7, 1]}}
     first = {name: {r.image_id for r in rows} for name, rows in folder(tmp_path, splits=splits)[0].splits.items()}
     assert len(first["train"]) + len(first["test"]) == 60 and not first["train"] & first["test"]
     assert all(share_of(i) >= 0.7 for i in first["test"]) and 8 <= len(first["test"]) <= 28
-    picture(tmp_path / "new.png", (2, 2))
+    write_image(tmp_path / "new.png", (2, 2))
     (tmp_path / "new.txt").write_text("new")
     second = {name: {r.image_id for r in rows} for name, rows in folder(tmp_path, splits=splits)[0].splits.items()}
-    assert all(first[name] <= second[name] for name in first), "a picture changed its split because another one came"
+    assert all(first[name] <= second[name] for name in first), "an image changed its split because another one came"
     assert set(folder(tmp_path)[0].splits) == {"train", "val", "test"}
 
 
-def test_the_same_picture_in_two_splits_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_same_image_in_two_splits_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for split in ("train", "test"):
-        picture(tmp_path / split / "same.png")
-        (tmp_path / split / "same.txt").write_text("a fox")
+        for name in ("same", f"only in {split}"):
+            write_image(tmp_path / split / f"{name}.png")
+            (tmp_path / split / f"{name}.txt").write_text("a fox")
     folder(tmp_path)
     assert "1 images are, byte for byte, in more than one split" in caplog.text
 
 
 def test_the_manifest_survives_a_move_and_its_key_follows_the_content(tmp_path: Path) -> None:
     project = tmp_path / "project"
-    picture(project / "dataset/train/a.png")
+    write_image(project / "dataset/train/a.png")
     (project / "dataset/train/a.txt").write_text("a fox")
     manifest = folder(project / "dataset")[0]
     write_manifest(project / "manifest", manifest)
@@ -282,7 +284,7 @@ def test_the_manifest_survives_a_move_and_its_key_follows_the_content(tmp_path: 
     read = read_manifest(tmp_path / "moved/manifest")
     assert read.splits == manifest.splits and read.key == manifest.key
     assert read.path(read.splits["train"][0]) == tmp_path / "moved/dataset/train/a.png"
-    picture(tmp_path / "moved/dataset/train/a.png", seed=1)
+    write_image(tmp_path / "moved/dataset/train/a.png", seed=1)
     assert folder(tmp_path / "moved/dataset")[0].key != manifest.key, "other pixels, same key"
     (tmp_path / "moved/manifest/train.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"damaged.*run data_prep again"):

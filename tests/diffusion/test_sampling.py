@@ -1,4 +1,4 @@
-"""Guidance, sampling and conditioning."""
+"""Sampling, against diffusers' schedulers."""
 
 import pytest
 import torch
@@ -6,13 +6,12 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.grids import trailing_timesteps
-from hypersd_pipeline.diffusion.guidance import guide
-from hypersd_pipeline.diffusion.sampling import guided_denoiser, sample_ddim
-from hypersd_pipeline.diffusion.schedule import Schedule, to_x0_eps
+from hypersd_pipeline.diffusion.process import Process
+from hypersd_pipeline.diffusion.sampling import sample_ddim
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-SCHEDULE = Schedule.from_config(SD)
 
 
 def toy(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -20,38 +19,12 @@ def toy(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     return torch.tanh(x_t * 0.7 + t.view(-1, 1, 1, 1) / 1000 + cond.prompt_embeds.mean((1, 2)).view(-1, 1, 1, 1))
 
 
-def conditioning(n: int, sdxl: bool = False, seed: int = 0) -> Conditioning:
-    generator = torch.Generator().manual_seed(seed)
-    embeds = torch.randn(n, 3, 4, generator=generator)
-    return Conditioning(embeds, torch.randn(n, 5, generator=generator), torch.arange(6.0 * n).view(n, 6)) if sdxl else Conditioning(embeds)
+def conditioning(n: int, seed: int = 0) -> Conditioning:
+    return Conditioning(torch.randn(n, 3, 4, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_guidance_is_true_cfg():
-    uncond, cond = torch.tensor([1.0]), torch.tensor([3.0])
-    assert [guide(uncond, cond, w).item() for w in (0.0, 1.0, 3.0)] == [1.0, 3.0, 7.0]
-
-
-@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_guiding_raw_outputs_is_guiding_eps(kind):
-    x, out_u, out_c = torch.randn(3, 2, 4, 2, 2, dtype=torch.float64)
-    t = torch.tensor([300, 999])
-    eps = guide(to_x0_eps(out_u, x, t, SCHEDULE, kind)[1], to_x0_eps(out_c, x, t, SCHEDULE, kind)[1], 4.0)
-    torch.testing.assert_close(to_x0_eps(guide(out_u, out_c, 4.0), x, t, SCHEDULE, kind)[1], eps)
-
-
-@pytest.mark.parametrize("sdxl", [False, True])
-def test_guided_denoiser_is_one_call_on_both_halves(sdxl):
-    seen = []
-
-    def counting(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        seen.append((len(x_t), len(cond)))
-        return toy(x_t, t, cond)
-
-    x, t, cond, uncond = torch.randn(2, 4, 8, 8), torch.tensor([999, 24]), conditioning(2, sdxl), conditioning(2, sdxl, seed=1)
-    w = torch.tensor([2.0, 5.0]).view(2, 1, 1, 1)
-    got = guided_denoiser(counting, uncond, w)(x, t, cond)
-    assert seen == [(4, 4)]
-    torch.testing.assert_close(got, toy(x, t, uncond) + w * (toy(x, t, cond) - toy(x, t, uncond)))
+def denoiser(kind: str) -> Denoiser:
+    return Denoiser(toy, Process.from_config(SD, kind))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -68,7 +41,8 @@ def test_sampling_is_diffusers_loop(kind, steps, scale):
         at = t.expand(3)
         output = toy(x, at, uncond.expand(3)) * (1 - scale) + scale * toy(x, at, cond)
         x = scheduler.step(output, t, x, eta=0.0).prev_sample
-    got = sample_ddim(toy, start, cond, trailing_timesteps(steps), SCHEDULE, kind, uncond=uncond, guidance_scale=scale)
+    ours = denoiser(kind) if scale == 1 else denoiser(kind).guided(uncond, scale)
+    got = sample_ddim(ours, start, cond, trailing_timesteps(steps))
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)  # theirs is float32 throughout
 
 
@@ -84,45 +58,15 @@ def test_stochastic_sampling_is_diffusers_tcd_loop(kind, eta):
     x, theirs, ours = start, torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
     for t in scheduler.timesteps:
         x = scheduler.step(toy(x, t.expand(3), cond), t, x, eta=eta, generator=theirs).prev_sample
-    got = sample_ddim(toy, start, cond, grid, SCHEDULE, kind, eta=eta, noise=lambda step: torch.randn(start.shape, generator=ours))
+    got = sample_ddim(denoiser(kind), start, cond, grid, eta=eta, noise=lambda step: torch.randn(start.shape, generator=ours))
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="needs noise"):
-        sample_ddim(toy, start, cond, grid, SCHEDULE, kind, eta=eta)
+        sample_ddim(denoiser(kind), start, cond, grid, eta=eta)
 
 
-def test_guidance_without_an_unconditional_is_refused():
-    with pytest.raises(ValueError, match="unconditional"):
-        sample_ddim(toy, torch.randn(1, 4, 8, 8), conditioning(1), trailing_timesteps(1), SCHEDULE, "epsilon", guidance_scale=3.0)
-
-
-@pytest.mark.parametrize("sdxl", [False, True])
-def test_conditioning_operations_act_on_every_part(sdxl):
-    cond = conditioning(3, sdxl)
-    picked = cond[torch.tensor([2, 0])]
-    both = Conditioning.cat(cond, picked)
-    wide = cond[1:2].expand(4)
-    half = cond.to(torch.float16)
-    assert (len(cond), len(picked), len(both), len(wide), len(half)) == (3, 2, 5, 4, 3)
-    for name in ("prompt_embeds", "pooled", "time_ids"):
-        part = getattr(cond, name)
-        if part is None:
-            assert not sdxl and all(getattr(c, name) is None for c in (picked, both, wide, half))
-            continue
-        assert torch.equal(getattr(picked, name), part[[2, 0]])
-        assert torch.equal(getattr(both, name), part[[0, 1, 2, 2, 0]])
-        assert torch.equal(getattr(wide, name), part[[1, 1, 1, 1]])
-        assert getattr(half, name).dtype == torch.float16
-
-
-def test_conditioning_becomes_the_unets_arguments():
-    plain, sdxl = conditioning(2), conditioning(2, sdxl=True)
-    assert list(plain.unet_kwargs()) == ["encoder_hidden_states"]
-    added = sdxl.unet_kwargs()["added_cond_kwargs"]
-    assert added["text_embeds"] is sdxl.pooled and added["time_ids"] is sdxl.time_ids
-
-
-def test_conditioning_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="batch of one"):
-        conditioning(2).expand(4)
-    with pytest.raises(ValueError, match="different layouts"):
-        Conditioning.cat(conditioning(1), conditioning(1, sdxl=True))
+def test_to_clean_ends_at_what_the_last_call_sees():
+    cond, start = conditioning(2), torch.randn(2, 4, 8, 8)
+    ours = denoiser("epsilon")
+    assert torch.equal(sample_ddim(ours, start, cond, torch.tensor([800]), to_clean=True), ours.clean(start, 800, cond))
+    middle = ours.jump(start, torch.full((2,), 999), torch.full((2,), 499), cond)
+    torch.testing.assert_close(sample_ddim(ours, start, cond, torch.tensor([999, 499]), to_clean=True), ours.clean(middle, 499, cond))

@@ -27,8 +27,8 @@ def test_perfect_is_one():
 
 def test_a_known_shift():
     # two columns of ten: 80 pixels in common, 120 together, IoU 2/3: right at .50, .55, .60 and .65, four of ten thresholds
-    figures = average_precision([square(2, scores=[0.9])], [square(0)])
-    assert figures == pytest.approx({"mask_ap": 0.4, "mask_ap50": 1.0, "mask_ap75": 0.0, "mask_ar": 0.4})
+    metrics = average_precision([square(2, scores=[0.9])], [square(0)])
+    assert metrics == pytest.approx({"mask_ap": 0.4, "mask_ap50": 1.0, "mask_ap75": 0.0, "mask_ar": 0.4})
 
 
 def test_one_of_two_missed():
@@ -41,11 +41,11 @@ def test_a_confident_phantom_halves_the_precision():
     assert average_precision([square(20, 0, scores=[0.7, 0.8])], [square(0)])["mask_ap"] == pytest.approx(1.0)
 
 
-def test_a_mask_counts_for_its_own_picture_and_class_only():
+def test_a_mask_counts_for_its_own_image_and_class_only():
     truth = [square(0), square(20)]
     assert average_precision([square(20, scores=[0.9]), square(0, scores=[0.9])], truth)["mask_ap"] == 0
-    figures = average_precision([square(0, 20, labels=[0, 0], scores=[0.9, 0.8])], [square(0, 20, labels=[0, 1])])
-    assert figures["mask_ap"] == pytest.approx(0.5)  # mean of class 0 (1.0) and class 1 (nothing found)
+    metrics = average_precision([square(0, 20, labels=[0, 0], scores=[0.9, 0.8])], [square(0, 20, labels=[0, 1])])
+    assert metrics["mask_ap"] == pytest.approx(0.5)  # mean of class 0 (1.0) and class 1 (nothing found)
 
 
 def test_nothing_found_and_nothing_to_find():

@@ -1,5 +1,6 @@
 """Features, CLIP score, grids: names, ranges, and errors before compute."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,8 @@ def test_efficientnet_resizes_to_its_resolution() -> None:
 
 
 def test_inception_gives_2048_features_from_a_local_file(inception_weights: Path) -> None:
-    extractor = load_features(FeatureConfig(kind="inception", weights=inception_weights))
+    digest = hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    extractor = load_features(FeatureConfig(kind="inception", weights=inception_weights, sha256=digest))
     features = extractor(torch.rand(2, 3, 64, 64))
     assert extractor.name == "inception" and features.shape == (2, 2048) and bool(features.isfinite().all())
 
@@ -97,7 +99,7 @@ def test_clip_model_needs_known_weights() -> None:
 
 def test_shared_trunk_changes_no_score() -> None:
     images = torch.rand(3, 3, 64, 64)
-    scorer = Scorer(EvaluationConfig())
+    scorer = Scorer(EvaluationConfig(samples=4, unseen_samples=4))
     assert scorer.shared and scorer.distance == "fd_efficientnet_lite0"
     together = scorer.score(images)
     scorer.shared = False
@@ -106,7 +108,7 @@ def test_shared_trunk_changes_no_score() -> None:
         assert torch.allclose(getattr(together, name), getattr(apart, name), atol=1e-5)
 
 
-def test_grid_places_pictures_under_their_header() -> None:
+def test_grid_places_images_under_their_header() -> None:
     red, blue = (to_pil(torch.tensor(c).view(3, 1, 1).expand(3, 8, 8)) for c in ([1.0, 0, 0], [0, 0, 1.0]))
     grid = labelled_grid([("a", [red, blue]), ("b", [blue, red])], ["first", "second"], cell=64)
     assert grid.size == (LABEL_WIDTH + 2 * (64 + GAP), HEADER + 2 * (64 + GAP))

@@ -5,7 +5,7 @@ import torch
 from tests import tiny
 
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 
 TARGETS = ("to_q", "to_v", "ff.net.0.proj", "conv1", "conv_shortcut", "downsamplers.0.conv", "proj_in", "time_emb_proj")
@@ -13,8 +13,8 @@ TARGETS = ("to_q", "to_v", "ff.net.0.proj", "conv1", "conv_shortcut", "downsampl
 
 @pytest.fixture
 def adapters(tmp_path):
-    unet = load_teacher(TeacherConfig(source=str(tiny.write_sd15(tmp_path))), parts=("unet",)).unet
-    adapters = AdaptedUNet(unet, rank=2, target_modules=TARGETS)
+    teacher = load_teacher(TeacherConfig(source=str(tiny.write_sd15(tmp_path))), parts=("backbone",))
+    adapters = AdaptedBackbone(teacher.backbone, teacher.process, rank=2, target_modules=TARGETS)
     g = torch.Generator().manual_seed(1)
     for p in adapters.parameters("student"):
         p.data.copy_(0.1 * torch.randn(p.shape, generator=g))
@@ -23,11 +23,11 @@ def adapters(tmp_path):
 
 def _run(adapters, autocast=False):
     g = torch.Generator().manual_seed(0)
-    config = adapters.unet.config
+    config = adapters.backbone.module.config
     x = torch.randn(2, config.in_channels, config.sample_size, config.sample_size, generator=g, requires_grad=True)
     cond = Conditioning(torch.randn(2, 7, config.cross_attention_dim, generator=g))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = adapters.denoiser("student")(x, torch.tensor([999, 499]), cond)
+        output = adapters.denoiser("student").network(x, torch.tensor([999, 499]), cond)
     parameters = adapters.parameters("student")
     return output, torch.autograd.grad(output.float().square().mean(), [x, *parameters])
 
@@ -56,16 +56,16 @@ def test_the_product_with_the_base_weight_is_made_once_a_layer(adapters, monkeyp
         monkeypatch.undo()
         return len(seen)
 
-    convolutions = [m for m in adapters.unet.modules() if isinstance(m, torch.nn.Conv2d)]
-    low_rank = [m for name, m in adapters.unet.named_modules() if isinstance(m, torch.nn.Conv2d) and ".lora_" in name]
-    # conv1, conv_shortcut, downsampler and so on: one folded product each; every plain convolution goes through nn.Conv2d
+    convolutions = [m for m in adapters.backbone.module.modules() if isinstance(m, torch.nn.Conv2d)]
+    low_rank = [m for name, m in adapters.backbone.module.named_modules() if isinstance(m, torch.nn.Conv2d) and ".lora_" in name]
+    # conv1, conv_shortcut, downsampler and so on: one folded product each. Every plain convolution goes through nn.Conv2d
     assert calls() == len(convolutions) - len(low_rank)
 
 
 def _run_forward(adapters):
-    config = adapters.unet.config
+    config = adapters.backbone.module.config
     x = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
-    adapters.denoiser("student")(x, torch.tensor([10]), Conditioning(torch.zeros(1, 7, config.cross_attention_dim)))
+    adapters.denoiser("student").network(x, torch.tensor([10]), Conditioning(torch.zeros(1, 7, config.cross_attention_dim)))
 
 
 def test_under_autocast_and_in_bfloat16_the_factors_stay_apart(adapters, monkeypatch):
@@ -84,7 +84,7 @@ def test_no_second_copy_of_the_weights_is_kept(adapters):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         _run(adapters)
-    own = {p.untyped_storage().data_ptr() for p in adapters.unet.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in adapters.backbone.module.parameters()}
     weights = [layer.base_layer.weight for layer in adapters._layers]
     copies = [t for t in kept for w in weights if t.shape == w.shape and t.untyped_storage().data_ptr() not in own]
     assert any(t is w for t in kept for w in weights)

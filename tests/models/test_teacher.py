@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def teacher_at(folder: Path, *parts: str, **config):
-    return load_teacher(TeacherConfig(source=str(folder), **config), parts or ("unet", "vae", "text"), "cpu")
+    return load_teacher(TeacherConfig(source=str(folder), **config), parts or ("backbone", "vae", "text"), "cpu")
 
 
 def random_conditioning(teacher, n: int) -> Conditioning:
@@ -52,16 +52,16 @@ def test_prompts_are_encoded_as_the_pipeline_does(folders, layout):
 
 def test_unconditional_is_zeros_for_sdxl_only_where_the_model_says_so(folders, tmp_path):
     zeros = teacher_at(folders["sdxl"], "text").unconditional(2)
-    assert not zeros.prompt_embeds.any() and not zeros.pooled.any() and zeros.time_ids.shape == (2, 6)
+    assert not zeros.prompt_embeds.any() and not zeros.pooled.any() and zeros.sizes.shape == (2, 6)
     encoded = teacher_at(tiny.write_sdxl(tmp_path, zero_unconditional=False), "text")
     torch.testing.assert_close(encoded.unconditional(1).pooled, encoded.encode_prompts([""]).pooled)
     assert encoded.unconditional(1).pooled.any()
 
 
-def test_sdxl_time_ids_are_size_crop_target(folders):
-    assert teacher_at(folders["sdxl"], "text").encode_prompts(["x"]).time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]
-    assert teacher_at(folders["sdxl"], "text", resolution=128).encode_prompts(["x"]).time_ids.tolist() == [[128, 128, 0, 0, 128, 128]]
-    assert teacher_at(folders["sd15"], "text").encode_prompts(["x"]).time_ids is None
+def test_sdxl_sizes_are_size_crop_target(folders):
+    assert teacher_at(folders["sdxl"], "text").encode_prompts(["x"]).sizes.tolist() == [[64, 64, 0, 0, 64, 64]]
+    assert teacher_at(folders["sdxl"], "text", resolution=128).encode_prompts(["x"]).sizes.tolist() == [[128, 128, 0, 0, 128, 128]]
+    assert teacher_at(folders["sd15"], "text").encode_prompts(["x"]).sizes is None
 
 
 def test_long_prompts_are_counted_once(folders, caplog):
@@ -79,7 +79,7 @@ def test_vae_scales_and_stays_in_range(folders, layout):
     factor = {"sd15": 0.18215, "sdxl": 0.13025}[layout]
     torch.testing.assert_close(mean, posterior.mean * factor)
     torch.testing.assert_close(std, posterior.std * factor)
-    assert mean.shape == (2, teacher.latent_channels, teacher.latent_size, teacher.latent_size)
+    assert mean.shape == (2, *teacher.latent_shape)
     latents = (mean * 50).requires_grad_()
     decoded = teacher.decode(latents)
     expected = (teacher.vae.decode(latents.detach() / factor).sample / 2 + 0.5).clamp(0, 1)
@@ -90,25 +90,27 @@ def test_vae_scales_and_stays_in_range(folders, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_denoiser_is_the_frozen_unet(folders, layout):
-    teacher = teacher_at(folders[layout], "unet", "text")
-    assert not teacher.unet.training and not any(p.requires_grad for p in teacher.unet.parameters())
+    teacher = teacher_at(folders[layout], "backbone", "text")
+    unet = teacher.backbone.module
+    assert not unet.training and not any(p.requires_grad for p in unet.parameters())
     cond = random_conditioning(teacher, 2)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 24])
-    added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids} if layout == "sdxl" else None
-    expected = teacher.unet(x, t, encoder_hidden_states=cond.prompt_embeds, added_cond_kwargs=added).sample
-    torch.testing.assert_close(teacher.denoiser()(x, t, cond), expected)
-    half = teacher_at(folders[layout], "unet", dtype="bfloat16")
-    output = half.denoiser()(x, t, cond)
+    added = {"text_embeds": cond.pooled, "time_ids": cond.sizes} if layout == "sdxl" else None
+    expected = unet(x, t, encoder_hidden_states=cond.prompt_embeds, added_cond_kwargs=added).sample
+    torch.testing.assert_close(teacher.denoiser().network(x, t, cond), expected)
+    assert teacher.denoiser().process is teacher.process
+    half = teacher_at(folders[layout], "backbone", dtype="bfloat16")
+    output = half.denoiser().network(x, t, cond)
     assert output.dtype == torch.bfloat16 and (output.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
 def test_only_the_asked_parts_are_loaded(folders):
     teacher = teacher_at(folders["sd15"], "vae", dtype="bfloat16")
     assert teacher.vae.dtype == torch.float32
-    for use in (lambda: teacher.unet, lambda: teacher.encode_prompts(["x"])):
+    for use in (lambda: teacher.backbone, lambda: teacher.encode_prompts(["x"])):
         with pytest.raises(ValueError, match="loaded without"):
             use()
-    assert (teacher.layout, teacher.latent_channels, teacher.latent_size, teacher.resolution) == ("sd15", 4, 8, 64)
+    assert (teacher.layout, teacher.latent_shape, teacher.resolution) == ("sd15", (4, 8, 8), 64)
 
 
 def test_a_part_that_is_not_asked_for_may_be_missing(folders, tmp_path):
@@ -116,19 +118,19 @@ def test_a_part_that_is_not_asked_for_may_be_missing(folders, tmp_path):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     teacher_at(folder, "vae", "text")
     with pytest.raises(UserError, match="unet has no safetensors weights"):
-        teacher_at(folder, "unet")
+        teacher_at(folder, "backbone")
 
 
 def test_prediction_type_is_read_from_the_scheduler_and_can_be_set(tmp_path):
     folder = tiny.write_sd15(tmp_path, "v_prediction")
-    assert teacher_at(folder, "vae").prediction_type == "v_prediction"
-    assert teacher_at(folder, "vae", prediction_type="epsilon").prediction_type == "epsilon"
+    assert teacher_at(folder, "vae").process.prediction_type == "v_prediction"
+    assert teacher_at(folder, "vae", prediction_type="epsilon").process.prediction_type == "epsilon"
 
 
 def test_scheduler_config_makes_the_same_schedule(folders):
     teacher = teacher_at(folders["sdxl"], "vae")
     made = DDIMScheduler(**teacher.scheduler_config())
-    torch.testing.assert_close(made.alphas_cumprod, (teacher.schedule.alphas**2).float(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(made.alphas_cumprod, (teacher.process.alphas**2).float(), rtol=1e-4, atol=1e-7)
 
 
 def test_layout_is_checked(folders):
@@ -142,24 +144,24 @@ def test_variant_selects_the_weight_files(folders, tmp_path):
     pipe = tiny.load_pipeline(folders["sd15"])
     pipe.to(torch.float16).save_pretrained(folder, variant="fp16")
     plain, half = teacher_at(folder), teacher_at(folder, variant="fp16")
-    weight = "conv_in.weight"
-    assert not torch.equal(plain.unet.state_dict()[weight], half.unet.state_dict()[weight])
-    torch.testing.assert_close(plain.unet.state_dict()[weight].half().float(), half.unet.state_dict()[weight])
-    assert plain.content_hash("unet") != half.content_hash("unet")
-    assert plain.content_hash("unet") == teacher_at(folders["sd15"]).content_hash("unet")
+    weights = [teacher.backbone.module.state_dict()["conv_in.weight"] for teacher in (plain, half)]
+    assert not torch.equal(*weights)
+    torch.testing.assert_close(weights[0].half().float(), weights[1])
+    assert plain.content_hash("backbone") != half.content_hash("backbone")
+    assert plain.content_hash("backbone") == teacher_at(folders["sd15"]).content_hash("backbone")
     with pytest.raises(UserError, match=r"teacher\.variant"):
-        teacher_at(folder, "unet", variant="bf16")
+        teacher_at(folder, "backbone", variant="bf16")
 
 
 def test_content_hash_follows_weights_and_config(folders, tmp_path):
     folder = shutil.copytree(folders["sd15"], tmp_path / "changed")
-    before = {part: teacher_at(folder, part).content_hash(part) for part in ("unet", "vae", "text")}
+    before = {part: teacher_at(folder, part).content_hash(part) for part in ("backbone", "vae", "text")}
     assert len(set(before.values())) == 3
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    after = {part: teacher_at(folder, part).content_hash(part) for part in ("unet", "vae", "text")}
+    after = {part: teacher_at(folder, part).content_hash(part) for part in ("backbone", "vae", "text")}
     assert [part for part in before if before[part] != after[part]] == ["vae"]
 
 
@@ -191,7 +193,7 @@ def test_bin_only_weights_are_refused(folders, tmp_path):
     folder = shutil.copytree(folders["sd15"], tmp_path / "bin")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"only \.bin weights"):
-        teacher_at(folder, "unet")
+        teacher_at(folder, "backbone")
 
 
 @pytest.mark.parametrize(

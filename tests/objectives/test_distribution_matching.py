@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from hypersd_pipeline.diffusion.schedule import Schedule, add_noise
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.diffusion.denoiser import Denoiser
+from hypersd_pipeline.diffusion.process import Process
 from hypersd_pipeline.objectives import distribution_matching as dm
 
-SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+PROCESS = Process.from_config(SD)
 
 
 def test_gradient_by_hand():
     x = torch.tensor([[[[1.0, 2.0]]], [[[10.0, 20.0]]]])
-    real = torch.tensor([[[[0.0, 4.0]]], [[[0.0, 40.0]]]])  # p_real: (1, -2), (10, -20); mean |p_real|: 1.5, 15
+    real = torch.tensor([[[[0.0, 4.0]]], [[[0.0, 40.0]]]])  # p_real: (1, -2), (10, -20). Mean |p_real|: 1.5, 15
     fake = torch.tensor([[[[0.5, 2.0]]], [[[5.0, 20.0]]]])  # p_fake: (.5, 0), (5, 0)
     expected = torch.tensor([[[[0.5 / 1.5, -2 / 1.5]]], [[[5 / 15, -20 / 15]]]])
     assert torch.allclose(dm.matching_gradient(x, real, fake), expected)  # the scale of a sample does not matter
@@ -37,20 +40,26 @@ def test_the_loss_carries_the_gradient_to_the_student_alone():
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_critic_loss_is_zero_for_the_right_answer_and_leaves_the_student_alone(kind):
+    process, cond = Process.from_config(SD, kind), Conditioning(torch.zeros(3, 1, 1))
     x = torch.randn(3, 1, 2, 2, requires_grad=True)
     z, t = torch.randn(3, 1, 2, 2), torch.tensor([20, 500, 980])
-    alpha, sigma = (part.float() for part in SCHEDULE.at(t, x))
+    alpha, sigma = (part.float() for part in process.alpha_sigma(t, x))
     right = z if kind == "epsilon" else alpha * z - sigma * x.detach()
-    assert dm.critic_loss(right, x, z, t, SCHEDULE, kind).item() == pytest.approx(0, abs=1e-6)
+    x_t = process.add_noise(x.detach(), z, t)
+    assert torch.isfinite(x_t).all()
+
+    def loss_of(output):
+        return dm.critic_loss(Denoiser(lambda x_t, t, cond: output, process).predict(x_t, t, cond)[1], z)
+
+    assert loss_of(right).item() == pytest.approx(0, abs=1e-6)
     output = (right + 0.5 if kind == "epsilon" else right).clone().requires_grad_()
-    loss = dm.critic_loss(output, x, z, t, SCHEDULE, kind)
+    loss = loss_of(output)
     loss.backward()
     assert x.grad is None and output.grad is not None
     if kind == "epsilon":
         assert loss.item() == pytest.approx(0.25, rel=1e-4)
-    assert torch.isfinite(add_noise(x, z, t, SCHEDULE)).all()
 
 
 def test_renoise_timesteps_keep_away_from_both_ends():
-    t = dm.sample_renoise_timesteps(20000, SCHEDULE, torch.Generator().manual_seed(0))
+    t = dm.sample_renoise_timesteps(20000, PROCESS, torch.Generator().manual_seed(0))
     assert (int(t.min()), int(t.max())) == (20, 980) and t.dtype == torch.int64

@@ -1,4 +1,4 @@
-"""Instance masks of COCO's kinds, fitted as the pictures are."""
+"""Instance masks of COCO's kinds, fitted as the images are."""
 
 import json
 
@@ -22,7 +22,7 @@ def box(left, top, right, bottom):
 
 @pytest.fixture
 def coco(tmp_path):
-    """Four pictures, 80 x 40: polygons, run lengths, a crowd, a category of its own; the last has no instance."""
+    """Four images, 80 x 40: polygons, run lengths, a crowd, a category of its own. The last has no instance."""
     (tmp_path / "p").mkdir()
     (tmp_path / "annotations").mkdir()
     images = []
@@ -37,7 +37,7 @@ def coco(tmp_path):
         {"id": 4, "image_id": 1, "category_id": 3, "segmentation": {"size": [40, 80], "counts": [1600, 800, 800]}},
         {"id": 5, "image_id": 2, "category_id": 99, "segmentation": box(30, 10, 50, 30)},
     ]
-    captions = [{"id": i, "image_id": i, "caption": f"picture {i}"} for i in range(4)]
+    captions = [{"id": i, "image_id": i, "caption": f"image {i}"} for i in range(4)]
     for kind, rows in (("captions", captions), ("instances", found)):
         (tmp_path / "annotations" / f"{kind}_p.json").write_text(json.dumps({"images": images, "annotations": rows}))
     data = DataConfig(source={"kind": "coco", "root": str(tmp_path), "splits": {"train": "p"}})
@@ -58,13 +58,13 @@ def test_the_three_forms_of_a_mask():
 
 
 @pytest.mark.parametrize(("width", "height", "resolution"), [(80, 40, 40), (40, 90, 20), (64, 64, 64), (51, 37, 32)])
-def test_masks_are_fitted_as_pictures_are(width, height, resolution):
+def test_masks_are_fitted_as_images_are(width, height, resolution):
     mask = np.zeros((height, width), bool)
     mask[height // 4 : height // 2, width // 4 : width // 2] = True
-    picture, _ = fit(Image.fromarray(np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255), resolution)
+    image, _ = fit(Image.fromarray(np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255), resolution)
     fitted = fit_mask(mask, resolution)
     assert fitted.shape == (resolution, resolution) and fitted.any()
-    differing = fitted != (picture[..., 0] > 127)
+    differing = fitted != (image[..., 0] > 127)
     assert differing.sum() <= 0.1 * fitted.sum() + 4  # nearest and bicubic differ on the border at most
 
 
@@ -79,7 +79,7 @@ def test_what_a_class_agnostic_model_is_given(coco):
     expected[5:15, 5:15] = True  # 30..50 of 80 is 15..25 of 40, minus the crop's 10
     assert torch.equal(instances[0].masks[0], expected)
     assert instances[1].masks[0].any(0).nonzero().flatten().tolist() == list(range(10, 20))  # columns 40 to 59
-    assert split.caption(3) == "picture 3"
+    assert split.caption(3) == "image 3"
 
 
 def test_classes_by_category(coco):

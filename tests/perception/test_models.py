@@ -22,8 +22,8 @@ SMALL = {v: SmallSoloConfig(variant=v, input_size=64, base_channels=8, feat_chan
 LIGHT = "solov2/solov2-light_r18_fpn_ms-3x_coco.py"
 
 
-def pictures(n=3, height=64, width=64):
-    """Bright rectangles on grey, one or two a picture, none in the last; and their masks."""
+def scenes(n=3, height=64, width=64):
+    """Bright rectangles on grey, one or two an image, none in the last. And their masks."""
     images, items = torch.full((n, 3, height, width), 0.4), []
     for i in range(n):
         boxes = [(8 + 2 * i, 30, 6, 34), (38, 60, 30, 56)][: 1 + i % 2] if i < n - 1 else []
@@ -73,8 +73,8 @@ def light(path, **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_reach_every_picture_and_no_parameter(models, kind):
-    images, items = pictures()
+def test_gradients_reach_every_image_and_no_parameter(models, kind):
+    images, items = scenes()
     images.requires_grad_(True)
     models[kind].loss(images, items).backward()
     assert torch.isfinite(images.grad).all()
@@ -84,7 +84,7 @@ def test_gradients_reach_every_picture_and_no_parameter(models, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_out_of_range_get_gradients(models, kind):
-    images, items = pictures()
+    images, items = scenes()
     images = (images * 6 - 3).requires_grad_(True)
     models[kind].loss(images, items).backward()
     out = (images < 0) | (images > 1)
@@ -93,7 +93,7 @@ def test_pixels_out_of_range_get_gradients(models, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_a_function_of_its_input(models, kind):
-    model, (images, items) = models[kind], pictures()
+    model, (images, items) = models[kind], scenes()
     torch.manual_seed(1)
     first = model.loss(images, items)
     state = torch.get_rng_state()
@@ -108,7 +108,7 @@ def test_the_loss_is_a_function_of_its_input(models, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_falls_in_training_and_the_model_finds_what_it_saw(models, kind, mask2former_folder):
-    images, items = pictures()
+    images, items = scenes()
     model = new_small_solo(SMALL[kind], LabelMap(), seed=0) if kind in SMALL else None
     model = model or load_perceptual_model(Mask2FormerConfig(kind="mask2former", weights=str(mask2former_folder)))
     optimiser = torch.optim.AdamW(model.requires_grad_(True).parameters(), 3e-3)
@@ -127,7 +127,7 @@ def test_the_loss_falls_in_training_and_the_model_finds_what_it_saw(models, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_that_are_no_multiple_of_32(models, kind):
-    images, items = pictures(2, height=70, width=62)
+    images, items = scenes(2, height=70, width=62)
     assert torch.isfinite(models[kind].loss(images, items))
     for found in models[kind].predict(images):
         assert found.masks.shape == (len(found), 70, 62) and found.masks.dtype == torch.bool
@@ -148,7 +148,7 @@ def test_loss_equals_mmdets_own_pipeline(checkpoint):
     from mmengine.structures import InstanceData
 
     model = load_perceptual_model(light(checkpoint))
-    images, items = pictures(2, height=72, width=100)
+    images, items = scenes(2, height=72, width=100)
     images = (images * 255).round() / 255
     samples = []
     for item in items:
@@ -166,7 +166,7 @@ def test_loss_equals_mmdets_own_pipeline(checkpoint):
 
 
 def test_saved_and_loaded_predicts_the_same(tmp_path):
-    images, items = pictures()
+    images, items = scenes()
     model = new_small_solo(SMALL["solov2"].model_copy(update={"score_threshold": 0.0}), LabelMap(), seed=3)
     path = tmp_path / "folder" / "model.safetensors"
     save_small_solo(model, SMALL["solov2"].model_copy(update={"score_threshold": 0.0}), path, {"why": "test"})
@@ -201,7 +201,7 @@ def test_published_checkpoint(checkpoint):
     assert (model.labels.names[0], model.labels.names[model.labels.label(90)]) == ("person", "toothbrush")
     assert model.labels.label(12) is None  # a number that COCO does not use
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
-    images, items = pictures()
+    images, items = scenes()
     images.requires_grad_(True)
     model.loss(images, items).backward()
     assert images.grad.norm() > 0
@@ -274,7 +274,7 @@ def test_a_compiled_operator_says_that_it_is_missing():
 
 
 def test_batches_that_do_not_fit(models):
-    images, items = pictures()
+    images, items = scenes()
     model = models["solo"]
     with pytest.raises(ValueError, match="3 images, but the instances of 2"):
         model.loss(images, items[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import tiny
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
+from rows import Rows
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.adapters import AdaptedUNet
+from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.dual_encoder import load_dual_encoder
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.rewards import Reward, RewardConfig, load_reward, straight_through_clamp
@@ -25,8 +27,11 @@ from hypersd_pipeline.rewards.image_reward import IGNORED, MEAN, STD, BlipShape,
 from hypersd_pipeline.rewards.predictor import PredictorHead
 from hypersd_pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, crop_preprocess, pad_preprocess
 from hypersd_pipeline.rewards.text_image import TextImageHead, TextImageHeadConfig, save_text_image
-from hypersd_pipeline.rewards.weights import Weights, find_weights, read_tensors
-from hypersd_pipeline.training.feedback import STUDENT, FeedbackStep, JudgementConfig, RewardTerm
+from hypersd_pipeline.rewards.weights import Weights, read_tensors
+from hypersd_pipeline.training.config import StageConfig
+from hypersd_pipeline.training.stage import build_stage
+from hypersd_pipeline.training.terms import Context
+from hypersd_pipeline.training.terms.reward import RewardTerm
 
 PROMPTS = ["a red fox on the left", "Two OWLS, blue background"]
 CLIP = {
@@ -41,7 +46,7 @@ SMALL = BlipShape(
 )  # fmt: skip
 
 
-def pictures(seed: int = 0, height: int = 48, width: int = 48) -> Tensor:
+def noisy_images(seed: int = 0, height: int = 48, width: int = 48) -> Tensor:
     """Pixels of which some lie outside [0, 1], as a decoder gives them."""
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 1.4 - 0.2
 
@@ -148,13 +153,13 @@ def image_reward_by_hand(w: dict[str, Tensor], shape: BlipShape, pixels: Tensor,
         q, k, v = linear(norm(x, f"{block}norm1", 1e-6), f"{block}attn.qkv").split(d, -1)
         x = x + linear(attend(q, k, v, shape.vision_heads, everywhere), f"{block}attn.proj")
         x = x + linear(gelu(linear(norm(x, f"{block}norm2", 1e-6), f"{block}mlp.fc1")), f"{block}mlp.fc2")
-    picture = norm(x, f"{vit}norm", 1e-6)
+    image = norm(x, f"{vit}norm", 1e-6)
     text = "blip.text_encoder."
     x = w[f"{text}embeddings.word_embeddings.weight"][ids] + w[f"{text}embeddings.position_embeddings.weight"][: ids.shape[1]]
     x = norm(x, f"{text}embeddings.LayerNorm", 1e-12)
     for i in range(shape.text_layers):
         layer = f"{text}encoder.layer.{i}."
-        for kind, source, allowed in (("attention", None, mask.bool()), ("crossattention", picture, everywhere)):
+        for kind, source, allowed in (("attention", None, mask.bool()), ("crossattention", image, everywhere)):
             name = f"{layer}{kind}."
             kv = x if source is None else source
             q, k, v = linear(x, f"{name}self.query"), linear(kv, f"{name}self.key"), linear(kv, f"{name}self.value")
@@ -219,7 +224,7 @@ KINDS = ("laion_aesthetic", "image_reward", "pick_score", "hps_v2", "shipped_qua
 def test_every_reward_scores_and_sends_gradient_to_every_pixel(kind: str, configs: dict[str, dict[str, Any]]) -> None:
     reward = load(configs[kind])
     assert reward.name == kind
-    images = pictures().requires_grad_()
+    images = noisy_images().requires_grad_()
     scores = reward.score(images, PROMPTS)
     assert scores.shape == (2,) and bool(scores.isfinite().all())
     # what lies outside is scored as if clipped
@@ -244,24 +249,36 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
 def test_each_rewards_gradient_reaches_the_students_adapter_and_nothing_else(
     kind: str, configs: dict[str, dict[str, Any]], teacher: TeacherConfig
 ) -> None:
-    reward, model = load(configs[kind]), load_teacher(teacher)
-    adapters = AdaptedUNet(model.unet, rank=2, target_modules=("to_q", "conv1"), names=(STUDENT,), trainable=(STUDENT,))
-    student = adapters.parameters(STUDENT)
+    model = load_teacher(teacher)
+    adapters = AdaptedBackbone(
+        model.backbone, model.process, rank=2, target_modules=("to_q", "conv1"), names=("student",), trainable=("student",)
+    )
+    student = adapters.parameters("student")
     with torch.no_grad():
         for parameter in student:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    step = FeedbackStep(
-        adapters, JudgementConfig(anchor_weight=0), model.schedule, model.prediction_type,
-        lambda latents: model.decode(latents, clip=False), [RewardTerm(reward, alpha=1e4, weight=1.0)],
+    config = StageConfig(
+        terms=[{"kind": "reward", "reward": configs[kind], "alpha": 1e4}],
+        sample={"steps": 4, "gradient_steps": 2},
+        lora={"rank": 2, "target_modules": ("to_q", "conv1")},
+        loop={"steps": 1, "batch_size": 2, "learning_rate": 1e-3},
+    )
+    rows = Rows(torch.zeros(2, 4, 8, 8), model.encode_prompts(PROMPTS), model.unconditional(), PROMPTS)
+    decode = partial(model.decode, clip=False)
+    context = Context(
+        adapters, adapters.denoiser("student"), adapters.denoiser(None), rows, model.latent_shape, batch=2, device=model.device,
+        decode=decode,
     )  # fmt: skip
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    loss, _ = step(noise, model.encode_prompts(PROMPTS), PROMPTS, None, torch.Generator().manual_seed(0))
+    stage = build_stage(config, context, lambda: adapters.use("student"))
+    ((_, [(_, term)]),) = stage.parts
+    loss, scalars = stage(torch.Generator().manual_seed(0))
+    assert scalars.keys() == {f"reward_{kind}"}
     loss.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in student)
     assert sum(float(p.grad.abs().sum()) for p in student if p.grad is not None) > 0
-    assert isinstance(reward, torch.nn.Module)
+    assert isinstance(term, RewardTerm) and isinstance(term.reward, torch.nn.Module) and term.reward.name == kind
     ours = {id(p) for p in student}
-    others = [*model.unet.parameters(), *model.vae.parameters(), *reward.parameters()]
+    others = [*model.backbone.module.parameters(), *model.vae.parameters(), *term.reward.parameters()]
     assert all(p.grad is None for p in others if id(p) not in ours)
 
 
@@ -269,8 +286,8 @@ def test_each_rewards_gradient_reaches_the_students_adapter_and_nothing_else(
 def test_prompts_matter_one_by_one(kind: str, configs: dict[str, dict[str, Any]]) -> None:
     reward = load(configs[kind])
     with torch.no_grad():
-        both, swapped = reward.score(pictures(), PROMPTS), reward.score(pictures(), PROMPTS[::-1])
-        alone = torch.cat([reward.score(pictures()[i : i + 1], [PROMPTS[i]]) for i in range(2)])
+        both, swapped = reward.score(noisy_images(), PROMPTS), reward.score(noisy_images(), PROMPTS[::-1])
+        alone = torch.cat([reward.score(noisy_images()[i : i + 1], [PROMPTS[i]]) for i in range(2)])
     assert bool(((both - swapped).abs() > 1e-6).all())
     assert torch.allclose(both, alone, atol=1e-4)
 
@@ -278,7 +295,7 @@ def test_prompts_matter_one_by_one(kind: str, configs: dict[str, dict[str, Any]]
 def test_wrong_batches_are_refused(configs: dict[str, dict[str, Any]]) -> None:
     reward = load(configs["shipped_quality"])
     with pytest.raises(ValueError, match="a prompt for each image"):
-        reward.score(pictures(), ["one"])
+        reward.score(noisy_images(), ["one"])
     with pytest.raises(ValueError, match="float images"):
         reward.score(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["one"])
 
@@ -309,7 +326,7 @@ def test_predictor_head_is_the_product_of_its_layers() -> None:
 
 
 def test_laion_aesthetic_by_hand(configs: dict[str, dict[str, Any]], clip_tensors: dict[str, Tensor]) -> None:
-    """open_clip's own preprocessing of an 8-bit picture, its normalised embedding, and the head as one matrix."""
+    """open_clip's own preprocessing of an 8-bit image, its normalised embedding, and the head as one matrix."""
     from open_clip.transform import image_transform
     from torchvision.transforms.functional import to_pil_image
 
@@ -354,7 +371,7 @@ def _meta_published() -> dict[str, Tensor]:
 
 
 def _widen(name: str, axis: int, side: int, shape: BlipShape) -> int:
-    """BLIP's large sizes in place of the small ones; the small ones are all different numbers."""
+    """BLIP's large sizes in place of the small ones. The small ones are all different numbers."""
     if name.endswith("pos_embed") and axis == 1:
         return 197  # 14 x 14 patches and the class
     if name.startswith("mlp.") and not (name == "mlp.layers.0.weight" and axis == 1):
@@ -377,7 +394,7 @@ def test_image_reward_equals_plain_tensor_algebra(configs: dict[str, dict[str, A
     options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
     tokens = BertTokenizer.from_pretrained(minilm_folder())(prompts, **options)
     assert tokens.input_ids[0, :5].tolist() == [101, 7592, 2088, 102, 0] and tokens.input_ids[1, -1] == 102
-    images = pictures(height=40, width=64)
+    images = noisy_images(height=40, width=64)
     expected = image_reward_by_hand(published, SMALL, crop_preprocess(images, 32), tokens.input_ids, tokens.attention_mask)
     assert torch.allclose(reward.score(images, prompts), expected, atol=1e-4)
     assert float((expected[0] - expected[1]).abs()) > 1e-2 and (MEAN, STD) == (0.16717362830052426, 1.0333394966054072)
@@ -406,8 +423,8 @@ def test_pick_score_equals_transformers_own_logits(configs: dict[str, dict[str, 
     tokens = open_clip.SimpleTokenizer()(PROMPTS)
     ids = torch.where(torch.cumsum((tokens == 49407).long(), 1) > 0, 49407, tokens)  # transformers pads with the end token
     with torch.no_grad():
-        expected = model(input_ids=ids, pixel_values=crop_preprocess(pictures(), 32)).logits_per_image.diagonal()
-        got = load(configs["pick_score"]).score(pictures(), PROMPTS)
+        expected = model(input_ids=ids, pixel_values=crop_preprocess(noisy_images(), 32)).logits_per_image.diagonal()
+        got = load(configs["pick_score"]).score(noisy_images(), PROMPTS)
     assert torch.allclose(got, expected, atol=1e-3) and float(expected.abs().max()) <= 100
 
 
@@ -415,10 +432,10 @@ def test_hps_v2_is_a_hundred_times_the_cosine(configs: dict[str, dict[str, Any]]
     model = open_clip.model.CLIP(**CLIP)
     model.load_state_dict(clip_tensors)
     with torch.no_grad():
-        image = model.eval().encode_image(pad_preprocess(pictures(), 32))
+        image = model.eval().encode_image(pad_preprocess(noisy_images(), 32))
         text = model.encode_text(open_clip.SimpleTokenizer()(PROMPTS))
         expected = 100 * F.cosine_similarity(image, text)
-        assert torch.allclose(load(configs["hps_v2"]).score(pictures(), PROMPTS), expected, atol=1e-3)
+        assert torch.allclose(load(configs["hps_v2"]).score(noisy_images(), PROMPTS), expected, atol=1e-3)
 
 
 def test_preprocessing_is_torchvisions() -> None:
@@ -426,10 +443,10 @@ def test_preprocessing_is_torchvisions() -> None:
 
     bicubic = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32)])
     for height, width in ((48, 61), (33, 20), (32, 32)):
-        images = pictures(height=height, width=width).clamp(0, 1)
+        images = noisy_images(height=height, width=width).clamp(0, 1)
         expected = Normalize(CLIP_MEAN, CLIP_STD)(bicubic(images).clamp(0, 1))
         assert torch.allclose(crop_preprocess(images, 32), expected, atol=1e-5), (height, width)
-    assert torch.equal(pad_preprocess(pictures(), 32), crop_preprocess(pictures(), 32))
+    assert torch.equal(pad_preprocess(noisy_images(), 32), crop_preprocess(noisy_images(), 32))
     black = pad_preprocess(torch.ones(1, 3, 16, 64), 32)
     unit = black * torch.tensor(CLIP_STD).view(1, 3, 1, 1) + torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)
     assert torch.allclose(unit[0, :, :12], torch.zeros(3, 12, 32), atol=1e-6) and torch.allclose(unit[0, :, 12:20], torch.ones(3, 8, 32))
@@ -439,11 +456,8 @@ def test_preprocessing_is_torchvisions() -> None:
 
 
 def test_missing_files_and_wrong_hashes_are_named(configs: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    file = configs["hps_v2"]["weights"]["path"]
-    right = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert find_weights(Weights(path=file, sha256=right), "hps_v2.weights") == file
-    with pytest.raises(UserError, match=rf"hps_v2\.weights: .*hps\.pt has sha256 {right}, not 0{{64}}"):
-        load({**configs["hps_v2"], "weights": {"path": file, "sha256": "0" * 64}})
+    with pytest.raises(UserError, match=r"hps_v2\.weights: .*hps\.pt has sha256 .*, not 0{64}"):
+        load({**configs["hps_v2"], "weights": {"path": configs["hps_v2"]["weights"]["path"], "sha256": "0" * 64}})
     gone = {"path": tmp_path / "gone.pt"}
     for kind, key in (("laion_aesthetic", "head"), ("laion_aesthetic", "clip"), ("image_reward", "weights"), ("hps_v2", "weights")):
         with pytest.raises(UserError, match=rf"{kind}\.{key}: .*gone\.pt does not exist"):
@@ -453,15 +467,6 @@ def test_missing_files_and_wrong_hashes_are_named(configs: dict[str, dict[str, A
     (tmp_path / "model.safetensors").write_bytes(configs["pick_score"]["weights"]["path"].read_bytes())
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         load({"kind": "pick_score", "weights": {"path": tmp_path / "model.safetensors"}})
-
-
-def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"laion_aesthetic\.head: .* could not be fetched from the hub .*give a local file"):
-        load({"kind": "laion_aesthetic"})
 
 
 def test_only_tables_of_tensors_are_read(tmp_path: Path, clip_name: str) -> None:
@@ -488,7 +493,7 @@ def test_held_out_reward_and_foreign_files_are_not_trained_on(tmp_path: Path) ->
     config = {"kind": "text_image", "weights": path}
     with pytest.raises(UserError, match="is the held-out reward"):
         load(config)
-    assert load(config, to_train_on=False).score(pictures(), PROMPTS).shape == (2,)
+    assert load(config, to_train_on=False).score(noisy_images(), PROMPTS).shape == (2,)
     from hypersd_pipeline.models.quality_head import SHIPPED
 
     with pytest.raises(UserError, match="is no text-image reward"):

@@ -1,11 +1,10 @@
-"""The guard against reward hacking, and diversity, by hand."""
+"""The guard against reward hacking."""
 
 import logging
 
 import pytest
 import torch
 
-from hypersd_pipeline.metrics.diversity import pairwise_distance
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.guard import Guard, GuardConfig
 from hypersd_pipeline.training.loop import LoopConfig, make_accelerator, train
@@ -14,56 +13,50 @@ LOOP = LoopConfig(steps=12, batch_size=1, learning_rate=0.1, log_every=1, checkp
 
 
 def run(path, held_out, steps=12, every=2):
-    """A training whose trained reward rises, and whose held-out reward is told; the weight counts the updates."""
+    """A training whose trained reward rises, and whose held-out reward is told. The weight counts the updates."""
     weight = torch.nn.Parameter(torch.zeros(1))
-    looks = []
+    measured = []
 
-    def look():
-        looks.append(1)
+    def measure():
+        measured.append(1)
         return {"trained_reward": float(weight.detach()), "held_out_reward": held_out(float(weight.detach()))}
 
     seen = []
-    config = GuardConfig(every=every, patience=2, tolerance=0.05)
-    guard = Guard(config, look, [weight], lambda values, step: seen.append((step, values)), last=steps)
-    figures = train(
+    config = GuardConfig(every=every, prompts=4, patience=2, tolerance=0.05)
+    guard = Guard(config, measure, [weight], lambda values, step: seen.append((step, values)), last=steps)
+    report = train(
         "toy", parameters=[weight], loss_fn=lambda g: (-weight.sum(), {}), config=LOOP.model_copy(update={"steps": steps}),
         state={"guard": guard, "weight": torch.nn.ParameterList([weight])}, key="k", checkpoints=CheckpointStore(path),
         metrics=lambda m, s: None, accelerator=make_accelerator(LOOP), finished=guard,
     )  # fmt: skip
-    return weight, guard, seen, figures, looks
+    return weight, guard, seen, report, measured
 
 
 def test_training_ends_and_goes_back_when_the_held_out_reward_falls(tmp_path, caplog):
-    """It falls from the third look on (weight above 0.5, step 6): two suspicious looks, steps 6 and 8."""
+    """It falls from step 6 on (weight above 0.5): two suspicious measurements, steps 6 and 8."""
     with caplog.at_level(logging.WARNING):
         weight, guard, seen, _, _ = run(tmp_path, lambda w: 1.0 if w < 0.5 else 0.0)
     assert [step for step, _ in seen] == [0, 2, 4, 6, 8] and guard.hacked
     assert weight.item() == pytest.approx(0.4, abs=0.01)  # as it was at step 4
-    assert guard.figures()["ended_by_guard"] == 1 and guard.figures()["before/held_out_reward"] == 1
+    assert guard.metrics_of_ends()["ended_by_guard"] == 1 and guard.metrics_of_ends()["before/held_out_reward"] == 1
     assert "the held-out reward has fallen from 1.000 to 0.000" in caplog.text
-    again, other, _, figures, looks = run(tmp_path, lambda w: 1.0 if w < 0.5 else 0.0)
-    assert again.item() == weight.item() and other.hacked and looks == [] and figures["total_skipped_steps"] == 0
+    again, other, _, report, measured = run(tmp_path, lambda w: 1.0 if w < 0.5 else 0.0)
+    assert again.item() == weight.item() and other.hacked and measured == [] and report["total_skipped_steps"] == 0
 
 
 def test_a_fall_within_tolerance_or_of_both_is_no_hacking(tmp_path):
     assert not run(tmp_path / "a", lambda w: 1.0 - 0.04 * w)[1].hacked
-    weight, guard, seen, figures, _ = run(tmp_path / "b", lambda w: 1.0 + w)
+    weight, guard, seen, report, _ = run(tmp_path / "b", lambda w: 1.0 + w)
     assert not guard.hacked and [step for step, _ in seen] == [0, 2, 4, 6, 8, 10, 12]
-    assert weight.item() == pytest.approx(1.2, abs=0.01) and guard.figures()["after/trained_reward"] == pytest.approx(1.2, abs=0.01)
-    assert figures["mean_step_seconds"] > 0
+    assert weight.item() == pytest.approx(1.2, abs=0.01) and guard.metrics_of_ends()["after/trained_reward"] == pytest.approx(1.2, abs=0.01)
+    assert report["mean_step_seconds"] > 0
 
 
-def test_the_last_look_is_at_the_weights_that_are_left(tmp_path):
+def test_the_last_measurement_is_at_the_weights_that_are_left(tmp_path):
     weight, guard, seen, _, _ = run(tmp_path, lambda w: 1.0 + w, every=5)
     assert [step for step, _ in seen] == [0, 5, 10, 12]
-    assert guard.figures()["after/trained_reward"] == weight.item()
+    assert guard.metrics_of_ends()["after/trained_reward"] == weight.item()
 
 
-def test_one_suspicious_look_between_good_ones_is_forgiven(tmp_path):
+def test_one_suspicious_measurement_between_good_ones_is_forgiven(tmp_path):
     assert not run(tmp_path, lambda w: 0.0 if 0.3 < w < 0.5 or 0.7 < w < 0.9 else 1.0)[1].hacked
-
-
-def test_diversity_by_hand():
-    same = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
-    right_angle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # two of three pairs are at a right angle
-    assert pairwise_distance(torch.stack([same, right_angle])).tolist() == pytest.approx([0.0, 2 / 3])

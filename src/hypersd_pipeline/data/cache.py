@@ -1,13 +1,19 @@
 """Reading the cache of latents and text embeddings: sharded safetensors, memory-mapped, keyed by what they were made of.
 
-A folder holds ``<split>-00000.safetensors`` (posterior mean and std, caption numbers), ``text-00000.safetensors`` (one embedding per
-distinct caption), ``unconditional.safetensors``, ``captions.json`` and, written last, ``index.json``: without it a cache is unfinished.
+A folder holds ``<split>-<key>.safetensors`` (posterior mean and std of up to ``shard_rows`` images), ``text-<key>.safetensors`` (embeddings
+of as many distinct captions), ``rows.safetensors`` (the caption numbers of each row), ``unconditional.safetensors``, ``captions.json``,
+``encoders.json`` (what the encoders gave for a fixed image and prompt) and, written last, ``index.json``: without it a cache is unfinished.
+
+A shard says itself what is in it: the key of each row, and a checksum. A reader compares the checksum when it opens a shard.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +24,13 @@ from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import write_tensors
 
 if TYPE_CHECKING:
     from hypersd_pipeline.models.teacher import Teacher
 
+FORMAT = "3"  # goes into every key: raise it when the meaning of a shard changes
+ROWS, UNCONDITIONAL, CAPTIONS, INDEX = "rows.safetensors", "unconditional.safetensors", "captions.json", "index.json"
 CURE = "run data_prep again (kedro run --pipelines data_prep)"
 MEANING = {
     "rows": "the data set",
@@ -34,21 +43,73 @@ MEANING = {
     "text_dtype": "data.text_dtype",
     "max_images": "data.max_images",
     "max_captions": "data.max_captions",
+    "encoders": "what the teacher's encoders give for a fixed image and prompt",
     "format": "the cache format",
 }
 
 
-def open_shard(file: Path) -> Any:
+@dataclass(frozen=True)
+class Shard:
+    """A file of the cache, as far as it describes itself.
+
+    Attributes:
+        file: its name. key: of its rows together. rows: the key of each row. sha256: of all of this and of the tensors.
+    """
+
+    file: str
+    key: str
+    rows: tuple[str, ...]
+    sha256: str
+
+    def entry(self) -> dict[str, Any]:
+        """What the index says of it."""
+        return {"file": self.file, "rows": len(self.rows), "key": self.key, "sha256": self.sha256}
+
+
+def _digest(key: str, rows: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+    names = sorted(tensors)
+    head = [key, list(rows), [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]]
+    digest = hashlib.sha256(json.dumps(head).encode())
+    for name in names:
+        content: Any = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def write_shard(path: Path, key: str, rows: Sequence[str], tensors: Mapping[str, Tensor]) -> Shard:
+    """Write a file of the cache at once. The tensors are on the CPU."""
+    shard = Shard(path.name, key, tuple(rows), _digest(key, rows, tensors))
+    # one entry: safetensors writes several in random order, so the same content would be other bytes
+    write_tensors(path, tensors, {"shard": json.dumps({"key": key, "rows": list(rows), "sha256": shard.sha256})})
+    return shard
+
+
+def read_shard(path: Path) -> tuple[Shard, dict[str, Tensor]]:
+    """A file of the cache, checked: its tensors are memory-mapped, and read once for the checksum.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {})["shard"])
+            shard = Shard(path.name, str(head["key"]), tuple(map(str, head["rows"])), str(head["sha256"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
-        raise UserError(f"{file} is missing; {CURE}.") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}); {CURE}.") from None
+        raise UserError(f"{path} is missing; {CURE}.") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); {CURE}.") from None
+    if _digest(shard.key, shard.rows, tensors) != shard.sha256:
+        raise UserError(f"{path} is damaged (its checksum is another one); {CURE}.")
+    return shard, tensors
 
 
-def shard_key(file: Path) -> str | None:
-    return (open_shard(file).metadata() or {}).get("key")
+def _belonging(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the file that an entry of the index names. Raises UserError where it is damaged or another one."""
+    shard, tensors = read_shard(path / entry["file"])
+    if (shard.key, shard.sha256) != (entry["key"], entry["sha256"]):
+        raise UserError(f"{path / entry['file']} does not belong to this cache; {CURE}.")
+    return tensors
 
 
 class _Shards:
@@ -65,17 +126,17 @@ class _Shards:
     def tensors(self, number: int) -> dict[str, Tensor]:
         """The tensors of one file: memory-mapped, so that only rows that are used are read."""
         if number not in self._opened:
-            entry = self.entries[number]
-            file = open_shard(self.path / entry["file"])
-            if (file.metadata() or {}).get("key") != entry["key"]:
-                raise UserError(f"{self.path / entry['file']} does not belong to this cache; {CURE}.")
-            self._opened[number] = {name: file.get_tensor(name) for name in file.keys()}
+            self._opened[number] = _belonging(self.path, self.entries[number])
         return self._opened[number]
+
+    def check(self, rows: Tensor) -> None:
+        """Raises IndexError for numbers of rows that there are not."""
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
+            raise IndexError(f"rows {int(rows.min())}..{int(rows.max())} of {len(self)}")
 
     def locate(self, rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Per file that holds some of ``rows``: its number, the positions in ``rows``, and the row numbers in the file."""
-        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
-            raise IndexError(f"rows {int(rows.min())}..{int(rows.max())} of {len(self)}")
+        self.check(rows)
         numbers = torch.searchsorted(self.starts, rows, right=True) - 1
         for number in numbers.unique().tolist():
             positions = (numbers == number).nonzero().flatten()
@@ -93,7 +154,7 @@ class _Shards:
 
 
 class SplitCache:
-    """One split of a cache; row numbers are those of the manifest's split, after ``max_images``."""
+    """One split of a cache. Row numbers are those of the manifest's split, after ``max_images``."""
 
     def __init__(self, cache: LatentCache, name: str) -> None:
         self.name, self._cache = name, cache
@@ -109,7 +170,7 @@ class SplitCache:
         return c, h, w
 
     def sample(self, indices: Tensor, generator: torch.Generator | None) -> Tensor:
-        """A draw from each row's posterior, ``mean + std * randn``; the mean itself where ``generator`` is None.
+        """A draw from each row's posterior, ``mean + std * randn``. The mean itself where ``generator`` is None.
 
         Args:
             indices: int64 ``[b]``. generator: on the CPU.
@@ -125,31 +186,29 @@ class SplitCache:
     def caption_numbers(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One caption per row, as a number into the distinct captions, int64 ``[b]``: the first, or one drawn by ``generator``."""
         draws = torch.zeros(len(indices)) if generator is None else torch.rand(len(indices), generator=generator)
-        numbers = torch.empty(len(indices), dtype=torch.int64)
-        for shard, positions, rows in self._shards.locate(indices):
-            tensors = self._shards.tensors(shard)
-            start, stop = tensors["caption_offsets"][rows], tensors["caption_offsets"][rows + 1]
-            numbers[positions] = tensors["captions"][start + (draws[positions] * (stop - start)).long()]
-        return numbers
+        self._shards.check(indices)
+        offsets, numbers = (self._cache.row_tensors[f"{self.name}.{name}"] for name in ("caption_offsets", "captions"))
+        start, stop = offsets[indices], offsets[indices + 1]
+        return numbers[start + (draws * (stop - start)).long()]
 
     def conditioning(self, indices: Tensor, generator: torch.Generator | None = None) -> Conditioning:
-        """Text conditioning of the rows, float32 on the CPU, with each image's own ``time_ids`` where the teacher is SDXL.
+        """Text conditioning of the rows, float32 on the CPU, with each image's own ``sizes`` where the teacher is SDXL.
 
         Args:
-            indices: int64 ``[b]``. generator: draws one of an image's captions; None takes the first.
+            indices: int64 ``[b]``. generator: draws one of an image's captions. None takes the first.
         """
         cond = self._cache.text(self.caption_numbers(indices, generator))
         if cond.pooled is None:
             return cond
-        return Conditioning(cond.prompt_embeds, cond.pooled, self._shards.gather("time_ids", indices))
+        return Conditioning(cond.prompt_embeds, cond.pooled, self._shards.gather("sizes", indices))
 
     def captions(self, indices: Tensor, generator: torch.Generator | None = None) -> list[str]:
         """The captions that :meth:`conditioning` uses for the same ``indices`` and the same state of ``generator``."""
         return [self._cache.captions[number] for number in self.caption_numbers(indices, generator).tolist()]
 
-    def unconditional(self, n: int, time_ids: Tensor | None = None) -> Conditioning:
+    def unconditional(self, n: int, sizes: Tensor | None = None) -> Conditioning:
         """As :meth:`LatentCache.unconditional`."""
-        return self._cache.unconditional(n, time_ids)
+        return self._cache.unconditional(n, sizes)
 
 
 class LatentCache:
@@ -165,17 +224,28 @@ class LatentCache:
     def __init__(self, path: Path | str, expect: Mapping[str, str] | None = None) -> None:
         self.path = Path(path)
         try:
-            self.index: dict[str, Any] = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
-            self.captions: list[str] = json.loads((self.path / "captions.json").read_text(encoding="utf-8"))
+            self.index: dict[str, Any] = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
             self.key, self.parts, self.splits = str(self.index["key"]), dict(self.index["parts"]), list(self.index["splits"])
+            if self.parts.get("format") != FORMAT:
+                raise UserError(f"{self.path} was made by another version of this project; {CURE}.")
+            captions = (self.path / CAPTIONS).read_bytes()
+            if hashlib.sha256(captions).hexdigest() != self.index["captions"]:
+                raise ValueError(f"{CAPTIONS} does not belong to it")
+            self.captions: list[str] = json.loads(captions)
+            self._text = _Shards(self.path, self.index["text"])
+            self._others = {name: dict(self.index[name]) for name in ("rows", "unconditional")}
+            self._split_caches = {name: SplitCache(self, name) for name in self.splits}
         except FileNotFoundError as error:
             raise UserError(f"{error.filename} is missing, the cache is not there or not finished; {CURE}.") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise UserError(f"{self.path}: the cache's index is damaged ({error}); {CURE}.") from None
-        self._text = _Shards(self.path, self.index["text"])
-        self._split_caches: dict[str, SplitCache] = {}
         self._unconditional: Conditioning | None = None
         self.require(**(expect or {}))
+
+    @cached_property
+    def row_tensors(self) -> dict[str, Tensor]:
+        """``<split>.captions`` and ``<split>.caption_offsets``: the numbers of each row's captions."""
+        return _belonging(self.path, self._others["rows"])
 
     def require(self, **expected: str) -> None:
         """Refuse to serve a cache made of something else.
@@ -193,14 +263,8 @@ class LatentCache:
                 raise UserError(f"{self.path} is stale: {what} {str(value)[:16]} now, the cache was made with {str(found)[:16]}; {CURE}.")
 
     def require_teacher(self, teacher: Teacher) -> None:
-        """:meth:`require` that the cache was made by this teacher's encoders, at its resolution; the parts need not be loaded."""
+        """:meth:`require` that the cache was made by this teacher's encoders, at its resolution. The parts need not be loaded."""
         self.require(vae=teacher.content_hash("vae"), text=teacher.content_hash("text"), resolution=str(teacher.resolution))
-
-    def check_shards(self) -> bool:
-        """Whether all files are there, can be opened and belong to this cache."""
-        entries = [*self.index["text"], *(e for shards in self.index["splits"].values() for e in shards)]
-        open_shard(self.path / "unconditional.safetensors")
-        return all(shard_key(self.path / entry["file"]) == entry["key"] for entry in entries)
 
     def split(self, name: str) -> SplitCache:
         """One split.
@@ -210,26 +274,23 @@ class LatentCache:
         """
         if name not in self.splits:
             raise UserError(f"{self.path} has no split {name!r} but {self.splits}; check data.source.splits and {CURE}.")
-        if name not in self._split_caches:
-            self._split_caches[name] = SplitCache(self, name)
         return self._split_caches[name]
 
     def text(self, numbers: Tensor) -> Conditioning:
-        """Embeddings of distinct captions by number, int64 ``[b]``; float32, without ``time_ids``."""
+        """Embeddings of distinct captions by number, int64 ``[b]``. float32, without ``sizes``."""
         names = self._text.tensors(0)
         return Conditioning(
             self._text.gather("prompt_embeds", numbers), self._text.gather("pooled", numbers) if "pooled" in names else None
         )
 
-    def unconditional(self, n: int, time_ids: Tensor | None = None) -> Conditioning:
+    def unconditional(self, n: int, sizes: Tensor | None = None) -> Conditioning:
         """The unconditional half of guidance, ``n`` times, float32, without copying.
 
         Args:
-            time_ids: SDXL's ``[n, 6]`` of the conditional half, which both halves must share; the default sizes if not given.
+            sizes: SDXL's ``[n, 6]`` of the conditional half, which both halves must share. The default sizes if not given.
         """
         if self._unconditional is None:
-            file = open_shard(self.path / "unconditional.safetensors")
-            parts = {name: file.get_tensor(name).float() for name in file.keys()}
-            self._unconditional = Conditioning(parts["prompt_embeds"], parts.get("pooled"), parts.get("time_ids"))
+            parts = {name: tensor.float() for name, tensor in _belonging(self.path, self._others["unconditional"]).items()}
+            self._unconditional = Conditioning(parts["prompt_embeds"], parts.get("pooled"), parts.get("sizes"))
         cond = self._unconditional.expand(n)
-        return cond if cond.time_ids is None or time_ids is None else Conditioning(cond.prompt_embeds, cond.pooled, time_ids)
+        return cond if cond.sizes is None or sizes is None else Conditioning(cond.prompt_embeds, cond.pooled, sizes)

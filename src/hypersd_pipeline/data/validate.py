@@ -1,74 +1,101 @@
-"""Row validation: every row is read and checked; bad ones go to a table, good ones to the manifest."""
+"""Row validation: every row is read and checked. Bad ones go to a table, good ones to the manifest."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from PIL import UnidentifiedImageError
-
-from hypersd_pipeline.data.coco import mask_fault, read_coco
+from hypersd_pipeline.data.coco import instance_fault, read_coco
 from hypersd_pipeline.data.config import CocoSource, FolderSource, Source, SplitSource, TwemojiSource
-from hypersd_pipeline.data.folder import folder_splits, read_folder
-from hypersd_pipeline.data.images import decode_image
+from hypersd_pipeline.data.folder import folder_splits, read_folder, strays
+from hypersd_pipeline.data.images import MAX_BYTES, decode_image
+from hypersd_pipeline.data.reading import BadFile, is_text, name_fault, plain, printable, read_inside, shown
 from hypersd_pipeline.data.rows import Manifest, RawRow, Rejected, Row, share_of
 from hypersd_pipeline.data.twemoji import SPLITS
 from hypersd_pipeline.errors import UserError
 
+if TYPE_CHECKING:  # rows are read, and stages are trained, without the table of what was left out
+    import pandas as pd
+
 log = logging.getLogger(__name__)
 
 COLUMNS = ["file", "row", "split", "reason"]
+NEEDED = ("train", "test")
+TEST_ROWS = 4  # what the evaluation needs to estimate a distance
+NO_SPLIT = "(none)"
 
 
-def validate(source: Source, dataset: Path, workers: int = 4) -> tuple[Manifest, pd.DataFrame]:
+def validate(source: Source, dataset: Path, workers: int = 4, complete: bool = False) -> tuple[Manifest, pd.DataFrame]:
     """Check every row of a source.
 
     Args:
-        dataset: the generated data set's folder; other sources bring their own ``root``.
+        dataset: the generated data set's folder. Other sources bring their own ``root``.
         workers: threads that read images.
+        complete: also refuse what the stages cannot work with: no split ``train`` or ``test``, or too few test rows.
 
     Returns:
-        The manifest of good rows, and a table (file, row, split, reason): a line for each row, or caption of a good row, left out.
+        The manifest of good rows, and a table (file, row, split, reason): a line for each row, or caption of a good row, left out,
+        and for each file of a folder source that no row uses.
 
     Raises:
-        UserError: an annotation file is unusable, or a split has no good row.
+        UserError: the root is no folder of images, an annotation file is unusable, a split has no good row, or an image is in two splits.
+            With ``complete`` also the above.
     """
-    root = dataset if isinstance(source, TwemojiSource) else Path(source.root).expanduser().absolute()
-    good: dict[str, tuple[Row, ...]] = {}
+    import pandas as pd
+
+    root = dataset if isinstance(source, TwemojiSource) else Path(os.path.expanduser(source.root)).absolute()
+    _check_root(root, dataset)
     refused: list[tuple[str, Rejected]] = []
-    for name, rows in read_splits(source, root).items():
-        kept, bad = _validate_split(root, rows, workers)
-        log.info("%s: %d good rows, %d reports of bad ones", name, len(kept), len(bad))
+    splits: dict[str, list[RawRow]] = {}
+    sources = read_splits(source, root)
+    layout = _layout(source, root)
+    if complete:
+        _check_names(sources)
+    for name, rows in sources.items():
+        try:
+            splits[name], bad = _divide(rows)
+        except UserError as error:
+            raise _damaged(root, str(error).partition(";")[0]) if isinstance(source, TwemojiSource) else error from None
         refused += [(name, report) for report in bad]
-        if not kept and bad:
-            raise UserError(
-                f"{root}: split {name!r} has no good row, {len(bad)} bad ones (first: {bad[0].file}, {bad[0].row}: {bad[0].reason}); "
-                "mend the files, or check data.source."
-            )
-        if kept:
-            good[name] = tuple(kept)
-        else:
-            log.warning("split %r is empty and is left out", name)
+    if isinstance(source, FolderSource):
+        refused += [(NO_SPLIT, report) for report in strays(root, layout)]
+    _check_overlap(splits)
+    if complete:
+        _check_enough(splits, layout)
+    good = _check_rows(root, splits, refused, workers)
     if not good:
-        raise UserError(f"{root} has no images; check data.source.")
-    _warn_of_shared_images(good)
-    table = pd.DataFrame([(report.file, report.row, split, report.reason) for split, report in refused], columns=COLUMNS)
-    return Manifest(root, good), table
+        raise UserError(f"{root} has no images{_first(refused)}; check data.source.")
+    if isinstance(source, TwemojiSource) and refused:
+        raise _damaged(root, f"{refused[0][1].file}: {refused[0][1].reason}")
+    if complete:
+        _check_names(good)
+        _check_enough(good, layout)
+    _check_copies(good)
+    table = [(printable(r.file), printable(r.row), split, printable(r.reason)) for split, r in refused]
+    return Manifest(root, good), pd.DataFrame(table, columns=COLUMNS)
 
 
 def read_splits(source: Source, root: Path) -> dict[str, Iterator[RawRow | Rejected]]:
     """Unchecked rows of every split, by our names."""
+    layout = _layout(source, root)
     if isinstance(source, FolderSource):
-        return {name: _share(split, read_folder(source, root, split.of)) for name, split in folder_splits(source, root).items()}
+        return {name: _share(split, read_folder(source, root, split.of)) for name, split in layout.items()}
     if isinstance(source, TwemojiSource):
-        source = CocoSource(kind="coco", root=str(root), splits={name: SplitSource(of=name) for name in SPLITS})
-    return {name: _share(split, read_coco(source, root, split.of)) for name, split in source.splits.items()}
+        source = CocoSource(kind="coco", root=str(root), splits=layout)
+    return {name: _share(split, read_coco(source, root, split.of)) for name, split in layout.items()}
+
+
+def _layout(source: Source, root: Path) -> dict[str, SplitSource]:
+    """Where each split comes from."""
+    if isinstance(source, FolderSource):
+        return folder_splits(source, root)
+    return {name: SplitSource(of=name) for name in SPLITS} if isinstance(source, TwemojiSource) else source.splits
 
 
 def _share(split: SplitSource, rows: Iterator[RawRow | Rejected]) -> Iterator[RawRow | Rejected]:
@@ -76,7 +103,8 @@ def _share(split: SplitSource, rows: Iterator[RawRow | Rejected]) -> Iterator[Ra
     return (row for row in rows if low <= share_of(row.image_id if isinstance(row, RawRow) else row.row) < high)
 
 
-def _validate_split(root: Path, rows: Iterator[RawRow | Rejected], workers: int) -> tuple[list[Row], list[Rejected]]:
+def _divide(rows: Iterator[RawRow | Rejected]) -> tuple[list[RawRow], list[Rejected]]:
+    """Rows with an id of their own, and the others."""
     bad: list[Rejected] = []
     unique: dict[str, RawRow] = {}
     for row in rows:
@@ -86,12 +114,38 @@ def _validate_split(root: Path, rows: Iterator[RawRow | Rejected], workers: int)
             bad.append(Rejected(_file(row), row.label, f"duplicate id {row.image_id} (first at {unique[row.image_id].label})"))
         else:
             unique[row.image_id] = row
-    kept: list[Row] = []
-    with ThreadPoolExecutor(workers) as pool:
-        for checked, reports in pool.map(partial(check_row, root), unique.values()):
-            kept += [checked] if checked else []
-            bad += reports
-    return kept, bad
+    return list(unique.values()), bad
+
+
+def _check_rows(
+    root: Path, splits: Mapping[str, Sequence[RawRow]], refused: list[tuple[str, Rejected]], workers: int
+) -> dict[str, tuple[Row, ...]]:
+    """The good rows of each split that has any. Reports of the others are added to ``refused``."""
+    good: dict[str, tuple[Row, ...]] = {}
+    for name, rows in splits.items():
+        kept: list[Row] = []
+        with ThreadPoolExecutor(workers) as pool:
+            for checked, reports in pool.map(partial(check_row, root), rows):
+                kept += [checked] if checked else []
+                refused += [(name, report) for report in reports]
+        bad = [report for split, report in refused if split == name]
+        log.info("%s: %d good rows, %d reports of bad ones", name, len(kept), len(bad))
+        if not kept and bad:
+            raise UserError(
+                f"{root}: split {name!r} has no good row, {len(bad)} bad ones{_first(refused, name)}; mend the files, or check data.source."
+            )
+        if kept:
+            good[name] = tuple(kept)
+            _warn_of_crowds(name, rows)
+        else:
+            log.warning("split %r is empty and is left out", name)
+    return good
+
+
+def _first(refused: Sequence[tuple[str, Rejected]], split: str | None = None) -> str:
+    """The first report of a split, or of all, in brackets."""
+    report = next((report for name, report in refused if split in (None, name)), None)
+    return "" if report is None else f" (first: {printable(report.file)}, {printable(report.row)}: {printable(report.reason)})"
 
 
 def check_row(root: Path, raw: RawRow) -> tuple[Row | None, list[Rejected]]:
@@ -100,18 +154,16 @@ def check_row(root: Path, raw: RawRow) -> tuple[Row | None, list[Rejected]]:
     captions = [c.strip() for c in raw.captions if isinstance(c, str) and c.strip()]
     if not captions:
         return None, [report("the caption is empty" if raw.captions else "there is no caption")]
-    if fault := _name_fault(raw.file_name):
+    if not all(map(is_text, captions)):
+        return None, [report("a caption has a lone surrogate, which is no text")]
+    if fault := name_fault(raw.file_name):
         return None, [report(fault)]
     file = PurePosixPath(raw.folder) / raw.file_name
     try:
-        content = (root / file).read_bytes()
-        width, height = _decoded_size(content)
-    except FileNotFoundError:
-        return None, [report("the file is missing")]
-    except UnidentifiedImageError:
-        return None, [report("the image cannot be read (no known image format)")]
-    except Exception as error:  # image decoders raise whatever they like on broken content
-        return None, [report(f"the image cannot be read ({str(error).replace(chr(10), ' ')[:120] or type(error).__name__})")]
+        content = read_inside(root, file, MAX_BYTES)
+        width, height = decode_image(content).size
+    except BadFile as error:
+        return None, [report(str(error))]
     if fault := _size_fault(raw, width, height) or _instances_fault(raw, width, height):
         return None, [report(fault)]
     dropped = len(raw.captions) - len(captions)
@@ -124,38 +176,104 @@ def _file(raw: RawRow) -> str:
     return (PurePosixPath(raw.folder) / raw.file_name).as_posix() if isinstance(raw.file_name, str) else raw.folder
 
 
-def _name_fault(name: Any) -> str | None:
-    if not isinstance(name, str) or not name.strip():
-        return "the row names no file"
-    windows = PureWindowsPath(name)  # understands both kinds of slash, and drives
-    if name.startswith("/") or windows.anchor or ".." in windows.parts or "\0" in name:
-        return "the file name leads out of the images' folder"
-    return None
-
-
-def _decoded_size(content: bytes) -> tuple[int, int]:
-    if not content:
-        raise ValueError("the file has zero bytes")
-    return decode_image(content).size
-
-
 def _size_fault(raw: RawRow, width: int, height: int) -> str | None:
     if raw.size is None or raw.size == (width, height):
         return None
-    if not all(isinstance(side, int) and side > 0 for side in raw.size):
-        return f"the stated size is zero or no number: {raw.size[0]}x{raw.size[1]}"
-    return f"the image is {width}x{height}, but {raw.size[0]}x{raw.size[1]} is stated, so its masks would not fit"
+    if not all(type(side) is int and side > 0 for side in raw.size):
+        return f"the stated size is zero or no number: {shown(raw.size[0])}x{shown(raw.size[1])}"
+    stated = f"{shown(raw.size[0])}x{shown(raw.size[1])}"
+    return f"the image is {width}x{height}, but {stated} is stated, so its masks would not fit"
 
 
 def _instances_fault(raw: RawRow, width: int, height: int) -> str | None:
-    return next((fault for instance in raw.instances if (fault := mask_fault(instance, width, height))), None)
+    return next((fault for instance in raw.instances if (fault := instance_fault(instance, width, height))), None)
 
 
-def _warn_of_shared_images(splits: Mapping[str, tuple[Row, ...]]) -> None:
-    """The same picture in two splits makes evaluation look better than it is."""
+# --- the source as a whole ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_root(root: Path, dataset: Path) -> None:
+    """Raises UserError for a root that is the project or holds it: every image that the project draws would be taken for data."""
+    project = os.path.isfile(root / "pyproject.toml") and os.path.isdir(root / "conf" / "base")
+    if project or Path(os.path.realpath(root)) in Path(os.path.realpath(dataset)).parents:
+        raise UserError(
+            f"data.source.root: {root} is the project's own folder or lies above it; give a folder that holds nothing but images."
+        )
+
+
+def _damaged(root: Path, reason: str) -> UserError:
+    return UserError(
+        f"{root}: the embedded data set is damaged ({reason}); run data_prep again, which draws it anew (kedro run --pipelines data_prep)."
+    )
+
+
+def _check_names(splits: Mapping[str, Any]) -> None:
+    if missing := [name for name in NEEDED if name not in splits]:
+        raise UserError(
+            f"data.source: there is no split {' and no split '.join(map(repr, missing))} but {', '.join(splits)}; "
+            f"add a subfolder {missing[0]}, or name it in data.source.splits."
+        )
+
+
+def _check_enough(splits: Mapping[str, Sequence[RawRow | Row]], layout: Mapping[str, SplitSource]) -> None:
+    """Raises UserError for fewer test rows than the evaluation needs, and says how to split."""
+    for name, need in (("train", 1), ("test", TEST_ROWS)):
+        found = len(splits.get(name, ()))
+        if found < need:
+            raise UserError(f"data.source: the split {name!r} has {found} rows, {need} at least are needed; {_cure(splits, layout, name)}.")
+
+
+def _cure(splits: Mapping[str, Sequence[RawRow | Row]], layout: Mapping[str, SplitSource], few: str) -> str:
+    """Shares that give the test split enough of the rows that there are, where all lie in one folder."""
+    ids = [row.image_id for rows in splits.values() for row in rows]
+    folders = {plain("", split.of) for split in layout.values()}
+    for least in (2 * TEST_ROWS, TEST_ROWS):
+        for share in (0.9, 0.8, 0.7, 0.6, 0.5):
+            if len(folders) == 1 and least <= sum(share_of(image_id) >= share for image_id in ids) < len(ids):
+                of = "" if "." in folders else f"of: {min(folders)}, "
+                return f"set data.source.splits: {{train: {{{of}share: [0, {share}]}}, test: {{{of}share: [{share}, 1]}}}}"
+    return f"add images to {layout[few].of!r}" if few in layout and layout[few].of != "." else "add images"
+
+
+def _check_overlap(splits: Mapping[str, Sequence[RawRow]]) -> None:
+    """Raises UserError for an image file that two splits take."""
+    owner: dict[str, str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for name, rows in splits.items():
+        for row in rows:
+            if name_fault(row.file_name) is None:
+                file = plain(row.folder, row.file_name)
+                if (other := owner.setdefault(file, name)) != name:
+                    shared.setdefault((other, name), []).append(file)
+    for (one, two), files in shared.items():
+        raise UserError(
+            f"data.source.splits: {one} and {two} have {len(files)} images in common (first: {printable(files[0])}); "
+            "give each its own folder, or shares that do not overlap."
+        )
+
+
+def _check_copies(splits: Mapping[str, tuple[Row, ...]]) -> None:
+    """The same image in two splits makes evaluation look better than it is.
+
+    Raises:
+        UserError: every test image is a copy of a training image.
+    """
     first: dict[str, str] = {}
     shared = 0
     for name, rows in splits.items():
         shared += sum(first.setdefault(row.sha256, name) != name for row in rows)
+    trained = {row.sha256 for row in splits.get("train", ())}
+    if splits.get("test") and trained.issuperset(row.sha256 for row in splits["test"]):
+        raise UserError(
+            "data.source: every image of the split 'test' is, byte for byte, in 'train'; give the test split images of its own."
+        )
     if shared:
-        log.warning("%d images are, byte for byte, in more than one split: figures on held-out splits will flatter", shared)
+        log.warning("%d images are, byte for byte, in more than one split: metrics on held-out splits will flatter", shared)
+
+
+def _warn_of_crowds(name: str, rows: Sequence[RawRow]) -> None:
+    instances = [i for row in rows for i in row.instances if isinstance(i, dict)]
+    if instances and all(i.get("iscrowd") for i in instances):
+        log.warning(
+            "split %r: all of its %d masks are crowds, so segmentation feedback and the segmenter cannot use it", name, len(instances)
+        )

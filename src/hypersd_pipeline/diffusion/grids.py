@@ -16,9 +16,19 @@ def solver_grid(points: int, num_train_timesteps: int = 1000) -> Tensor:
         UserError: ``points`` does not divide ``T``, or leaves no room between the points.
     """
     if not 1 <= points < num_train_timesteps or num_train_timesteps % points:  # with points == T, t_1 would be t_0 again
-        raise UserError(f"solver_points: {points} is no proper divisor of the {num_train_timesteps} training timesteps; use 40.")
+        raise UserError(
+            f"solver_points: {points} is no proper divisor of the {num_train_timesteps} training timesteps; "
+            f"use {_nearest_grid(points, num_train_timesteps)}."
+        )
     skip = num_train_timesteps // points
     return torch.tensor([0, *range(skip - 1, num_train_timesteps, skip)])
+
+
+def _nearest_grid(points: int, num_train_timesteps: int) -> int:
+    """The number of points nearest to the asked one that divides the timesteps and has the boundaries of as many segments as can be."""
+    divisors = [n for n in range(1, num_train_timesteps) if num_train_timesteps % n == 0]
+    most = next(k for k in (8, 4, 2, 1) if any(n % k == 0 for n in divisors))
+    return min((n for n in divisors if n % most == 0), key=lambda n: abs(n - points))
 
 
 def boundaries(segments: int, num_train_timesteps: int = 1000) -> Tensor:
@@ -28,7 +38,8 @@ def boundaries(segments: int, num_train_timesteps: int = 1000) -> Tensor:
         UserError: ``segments`` does not divide ``T``.
     """
     if not 1 <= segments < num_train_timesteps or num_train_timesteps % segments:
-        raise UserError(f"segments: {segments} does not divide the {num_train_timesteps} training timesteps; use 8, 4, 2 or 1.")
+        dividing = [str(k) for k in (8, 4, 2, 1) if num_train_timesteps % k == 0 and k < num_train_timesteps]
+        raise UserError(f"segments: {segments} does not divide the {num_train_timesteps} training timesteps; use {' or '.join(dividing)}.")
     return torch.tensor([0, *(j * num_train_timesteps // segments - 1 for j in range(1, segments + 1))])
 
 
@@ -42,12 +53,12 @@ def check_grid(grid: Tensor, bounds: Tensor) -> None:
     if missing:
         raise UserError(
             f"solver_points: a grid of {len(grid) - 1} points has none at the segment boundaries {missing} of segments: {len(bounds) - 1}; "
-            "use solver_points: 40, which has the boundaries of 8, 4, 2 and 1 segments."
+            f"use solver_points: {_nearest_grid(len(grid) - 1, int(grid[-1]) + 1)}, which has them."
         )
 
 
 def segment_start(t: Tensor, bounds: Tensor) -> Tensor:
-    """``t_b = max{b_j < t}``: the lower end of the segment that a student at ``t >= 1`` belongs to; int64, the shape of ``t``."""
+    """``t_b = max{b_j < t}``: the lower end of the segment that a student at ``t >= 1`` belongs to. int64, the shape of ``t``."""
     return bounds[torch.searchsorted(bounds, t, right=False) - 1]
 
 
@@ -57,8 +68,12 @@ def trailing_timesteps(steps: int, num_train_timesteps: int = 1000) -> Tensor:
     return torch.from_numpy(np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)).astype(np.int64) - 1)
 
 
-def tcd_timesteps(steps: int, num_train_timesteps: int = 1000, original_steps: int = 50) -> Tensor:
-    """TCDScheduler's own grid (arXiv 2402.19159): ``steps`` of ``original_steps`` points ``n T / N - 1``, even by index; int64, falling.
+TCD_POINTS = 50
+"""Points of TCDScheduler's own grid, of which a sampler's steps are some."""
+
+
+def tcd_timesteps(steps: int, num_train_timesteps: int = 1000, original_steps: int = TCD_POINTS) -> Tensor:
+    """TCDScheduler's own grid (arXiv 2402.19159): ``steps`` of ``original_steps`` points ``n T / N - 1``, even by index. int64, falling.
 
     4 of 1000 are 999, 759, 499, 259, not trailing's 999, 749, 499, 249.
 

@@ -18,7 +18,7 @@ class FolderDataset(AbstractDataset[Callable[[Path], None], Path]):
         self._filepath, self.metadata = Path(filepath), metadata
 
     def save(self, data: Callable[[Path], None]) -> None:
-        """Call ``data(path)``; the folder exists."""
+        """Call ``data(path)``. The folder exists."""
         self._filepath.mkdir(parents=True, exist_ok=True)
         data(self._filepath)
 

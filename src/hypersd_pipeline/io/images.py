@@ -1,4 +1,4 @@
-"""A picture as a Kedro dataset."""
+"""An image as a Kedro dataset."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractDataset
 
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.io.files import replacing_file
+from hypersd_pipeline.files import replacing_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +24,7 @@ class ImageDataset(AbstractDataset["Image", "Image"]):
         from PIL import Image, UnidentifiedImageError
 
         try:
-            with Image.open(self._filepath) as image:
+            with Image.open(self._filepath, formats=["PNG"]) as image:
                 return image.copy()
         except UnidentifiedImageError as error:
             raise UserError(f"{self._filepath} is not an image; delete it and run its pipeline again.") from error

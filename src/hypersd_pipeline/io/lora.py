@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset
 
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.io.files import replacing_folder
+from hypersd_pipeline.files import replacing_folder, tensors_sha256, write_tensors
 
 if TYPE_CHECKING:
     from hypersd_pipeline.models.lora import LoRA
+
+CHECKSUM = "weights_sha256"
+"""In the metadata of the weights: the hash of all tensors."""
 
 WEIGHTS, SCHEDULER, CARD = "pytorch_lora_weights.safetensors", "scheduler_config.json", "README.md"
 
@@ -43,9 +47,12 @@ def sampling_contract(metadata: dict[str, str]) -> dict[str, Any]:
         UserError: the metadata holds none, or one that is not JSON.
     """
     try:
-        return json.loads(metadata["sampling_contract"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise UserError("This LoRA has no readable 'sampling_contract' in its metadata; train it again with this project.") from error
+        contract = json.loads(metadata["sampling_contract"])
+    except (KeyError, ValueError, RecursionError):
+        contract = None
+    if not isinstance(contract, dict):
+        raise UserError("This LoRA has no readable 'sampling_contract' in its metadata; train it again with this project.")
+    return contract
 
 
 def model_card(name: str, metadata: dict[str, str]) -> str:
@@ -67,6 +74,32 @@ def model_card(name: str, metadata: dict[str, str]) -> str:
     )
 
 
+def read_lora(path: Path) -> LoRA:
+    """The LoRA of a file, with finite values and a scale of 1.
+
+    Raises:
+        UserError: the file is missing or damaged, or is no such LoRA.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from hypersd_pipeline.models.lora import LoRA
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            lora = LoRA({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))
+        recorded = lora.metadata.pop(CHECKSUM, None)
+        if recorded is not None and recorded != tensors_sha256(lora.tensors):
+            raise ValueError("its weights do not match their recorded hash")
+        lora.check()
+        return lora
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; run the stage that trains it, or restore it with `dvc checkout` or `dvc pull`.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it with `dvc checkout` or train its stage again.") from error
+
+
 class LoRADataset(AbstractDataset["LoRA", "LoRA"]):
     """A folder with ``pytorch_lora_weights.safetensors`` (metadata inside), ``scheduler_config.json`` and a model card.
 
@@ -77,29 +110,31 @@ class LoRADataset(AbstractDataset["LoRA", "LoRA"]):
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._filepath, self.metadata = Path(filepath), metadata
 
-    def load(self) -> LoRA:
-        from safetensors import SafetensorError, safe_open
+    def check(self, shapes: Mapping[str, tuple[int, ...]], num_train_timesteps: int) -> None:
+        """Check the LoRA against the teacher that it is used with: its network's weights, and the timesteps of its schedule.
 
-        from hypersd_pipeline.models.lora import LoRA
+        Raises:
+            UserError: naming the file.
+        """
+        from hypersd_pipeline.models.contract import Contract
 
-        path = self._filepath / WEIGHTS
+        lora = read_lora(self._filepath / WEIGHTS)
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                return LoRA(tensors=tensors, metadata=file.metadata() or {})
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; run the stage that trains it, or restore it with `dvc checkout` or `dvc pull`.") from error
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}); restore it with `dvc checkout` or train its stage again.") from error
+            lora.check(shapes)
+            Contract.of(lora).check(num_train_timesteps)
+        except UserError as error:
+            raise UserError(f"{self._filepath / WEIGHTS}: {error}") from error
+
+    def load(self) -> LoRA:
+        return read_lora(self._filepath / WEIGHTS)
 
     def save(self, data: LoRA) -> None:
-        from safetensors.torch import save_file
-
         contract = sampling_contract(data.metadata)
         scheduler = {"_class_name": contract["scheduler"], **contract["scheduler_config"]}
         with replacing_folder(self._filepath) as folder:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in data.tensors.items()}
-            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **data.metadata})
+            tensors = {name: tensor.detach().cpu() for name, tensor in data.tensors.items()}
+            metadata = {"format": "pt", **data.metadata, CHECKSUM: tensors_sha256(tensors)}
+            write_tensors(folder / WEIGHTS, tensors, metadata)
             (folder / SCHEDULER).write_text(json.dumps(scheduler, indent=2) + "\n")
             (folder / CARD).write_text(model_card(self._filepath.name, data.metadata))
 

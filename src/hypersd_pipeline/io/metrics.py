@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 from kedro.io import AbstractDataset
 
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import replacing_file, write_text
 from hypersd_pipeline.io import tracking
-from hypersd_pipeline.io.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +67,12 @@ class CurveFile:
         """Append `rows` (each with a ``step``); a column seen for the first time rewrites the file."""
         new = dict.fromkeys(key for row in rows for key in row)
         if self._columns is not None and set(new) <= set(self._columns):
-            self._write(rows, "a")
+            self._write(rows, self._path, header=False)
             return
         kept = [row for row in self._read() if self._columns is not None or int(row["step"]) < rows[0]["step"]]
         self._columns = list(dict.fromkeys(["step", *(key for row in kept for key in row), *new]))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._write([*kept, *rows], "w")
+        with replacing_file(self._path) as temporary:
+            self._write([*kept, *rows], temporary, header=True)
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -81,56 +80,38 @@ class CurveFile:
         with self._path.open(newline="") as file:
             return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
 
-    def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
-        with self._path.open(mode, newline="") as file:
+    def _write(self, rows: list[dict[str, Any]], path: Path, header: bool) -> None:
+        with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self._columns or [], extrasaction="ignore")
-            if mode == "w":
+            if header:
                 writer.writeheader()
             writer.writerows(rows)
 
 
 class MetricStream:
-    """``stream({"train/loss": 0.1}, step)``: live curves in the active MLflow run and in a CSV file.
+    """``stream({"train/loss": 0.1}, step)``: live curves in a CSV file and in the run's tracking journal.
 
-    Calls are buffered, because one write to sqlite takes longer than a small training step; ``flush`` writes them out, and so does a
-    call that comes `seconds` after the last write. A value that is not finite is kept in the file and left out of MLflow.
+    Both are on disk when the call returns, so that a kill loses no point before the checkpoint from which the next run goes on. A value
+    that is not finite is kept in the file and left out of MLflow.
     """
 
-    def __init__(self, path: Path, *, seconds: float = 5.0) -> None:
-        self._file, self._seconds = CurveFile(path), seconds
-        self._rows: list[dict[str, Any]] = []
-        self._written = time.monotonic()
+    def __init__(self, path: Path) -> None:
+        self._file = CurveFile(path)
 
     def __call__(self, metrics: Mapping[str, Any], step: int) -> None:
-        self._rows.append({"step": int(step), **{key: float(value) for key, value in metrics.items()}, "": time.time()})
-        if time.monotonic() - self._written >= self._seconds:
-            self.flush()
-
-    def __enter__(self) -> MetricStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what is buffered; the end of a ``with`` does so too."""
-        rows, self._rows = self._rows, []
-        self._written = time.monotonic()
-        if not rows:
-            return
-        stamps = [row.pop("") for row in rows]
-        self._file.append(rows)
-        tracking.log_rows(rows, stamps)
+        values = {key: float(value) for key, value in metrics.items()}
+        self._file.append([{"step": int(step), **values}])
+        tracking.log_point(values, int(step))
 
 
 class MetricStreamDataset(AbstractDataset[None, MetricStream]):
     """Loads as a `MetricStream`: a node takes it as an input, so that node code neither imports MLflow nor opens files."""
 
-    def __init__(self, *, filepath: str, seconds: float = 5.0, metadata: dict[str, Any] | None = None) -> None:
-        self._filepath, self._seconds, self.metadata = Path(filepath), seconds, metadata
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath, self.metadata = Path(filepath), metadata
 
     def load(self) -> MetricStream:
-        return MetricStream(self._filepath, seconds=self._seconds)
+        return MetricStream(self._filepath)
 
     def save(self, data: None) -> None:
         raise UserError("A metric stream is an input of a node and never its output: correct the wiring in pipeline.py.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractDataset
 
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import write_text
 from hypersd_pipeline.io import tracking
 
 if TYPE_CHECKING:
@@ -40,14 +40,10 @@ class RecordStore:
 
     def put(self, name: str, key: str, record: dict[str, Any]) -> None:
         """Write a record, whole or not at all."""
-        target = self._file(name, ".json")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"name": name, "key": key, "record": record}, indent=1) + "\n")
-        os.replace(temporary, target)
+        write_text(self._file(name, ".json"), json.dumps({"name": name, "key": key, "record": record}, indent=1) + "\n")
 
     def once(self, name: str, key: str, parameters: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The record of a job, made now unless it was made before; then in a nested MLflow run with the parameters and the figures."""
+        """The record of a job, made now unless it was made before. Then in a nested MLflow run with the parameters and the metrics."""
         found = self.get(name, key)
         if found is not None:
             log.info("%s, %s: done before", self.path.name, name)
@@ -59,7 +55,7 @@ class RecordStore:
         return record
 
     def stream(self, name: str) -> MetricStream:
-        """Where the live figures of a job go."""
+        """Where the live metrics of a job go."""
         from hypersd_pipeline.io.metrics import MetricStream
 
         return MetricStream(self._file(name, ".csv"))

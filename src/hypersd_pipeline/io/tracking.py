@@ -1,18 +1,20 @@
-"""What is sent to MLflow, and in which form. Nothing here needs a run: without one, calls do nothing."""
+"""What nodes and hooks record, and in which form. Nothing here needs MLflow or a run: without one, calls do nothing."""
+
+from __future__ import annotations
 
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from hypersd_pipeline.io.journal import PIPELINE, Journal, milliseconds
+
 logger = logging.getLogger(__name__)
 
-PARENT_TAG = "mlflow.parentRunId"
 STAGE_TAG = "stage"
 _warned: set[str] = set()
-_BATCH = 1000  # metrics that MLflow takes in one request
 
 
 def metric_name(name: str) -> str:
@@ -20,19 +22,19 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w.\- /]", "_", name)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "", sep: str = "/") -> dict[str, Any]:
-    """Nested dictionaries and lists as one level: ``{"fid": {"4": 31.2}}`` becomes ``{"fid/4": 31.2}``."""
+def flatten(values: Mapping[str, Any], prefix: str = "", sep: str = "/", lists: bool = True) -> dict[str, Any]:
+    """Nested dictionaries, and lists if `lists`, as one level: ``{"fid": {"4": 31.2}}`` becomes ``{"fid/4": 31.2}``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{sep}{key}" if prefix else str(key)
-        if isinstance(value, list | tuple):
+        if lists and isinstance(value, list | tuple):
             value = {str(index): item for index, item in enumerate(value)}
-        flat |= flatten(value, name, sep) if isinstance(value, Mapping) else {name: value}
+        flat |= flatten(value, name, sep, lists) if isinstance(value, Mapping) else {name: value}
     return flat
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of `values`; the others (text, None, NaN, infinity) are left out, a NaN or infinity with one warning per name."""
+    """The finite numbers of `values`. The others (text, None, NaN, infinity) are left out, a NaN or infinity with one warning per name."""
     numbers: dict[str, float] = {}
     for name, value in values.items():
         if value is None or isinstance(value, str):
@@ -45,61 +47,104 @@ def finite(values: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _targets() -> Iterable[tuple[str, str, bool]]:
-    """(run id, prefix, whether it is a stage's run): the active run with plain names, and its parent with the stage's name in front."""
-    import mlflow
+class Recorder:
+    """Writes to a journal on behalf of the innermost open run. Runs are opened inside each other.
 
-    run = mlflow.active_run()
-    if run is None:
-        return
-    is_stage = PARENT_TAG in run.data.tags and STAGE_TAG in run.data.tags
-    yield run.info.run_id, "", is_stage
-    if is_stage:
-        yield run.data.tags[PARENT_TAG], f"{run.data.tags[STAGE_TAG]}/", False
+    A stage's metrics carry plain names (``train/loss``) in its own run, equal from stage to stage, and have the stage in front
+    (``tscd_k4/train/loss``) in the pipeline's run, so that two pipeline runs compare on one page.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._names: list[str] = []  # of the open runs inside the pipeline's, outermost first
+        self._ids: dict[tuple[str, ...], str] = {}
+
+    @property
+    def stage(self) -> str | None:
+        """The open stage."""
+        return self._names[0] if self._names else None
+
+    @property
+    def _run(self) -> str:
+        return self._ids[tuple(self._names)] if self._names else PIPELINE
+
+    def open(self, name: str, tags: Mapping[str, str]) -> None:
+        """Open, or open again, a run inside the innermost one."""
+        under = self._run
+        self._names.append(name)
+        run = self._ids.setdefault(tuple(self._names), str(len(self._ids) + 1))
+        self.journal.write({"run": run, "open": name, "under": under, "time": milliseconds(), "tags": tags})
+
+    def close(self, status: str) -> None:
+        """Close the innermost run inside the pipeline's."""
+        self.journal.write({"run": self._run, "status": status, "time": milliseconds()})
+        self._names.pop()
+
+    def close_all(self, status: str, parent: bool = True) -> None:
+        """Close all that is open, and the pipeline's run if `parent`."""
+        while self._names:
+            self.close(status)
+        if parent:
+            self.journal.write({"run": PIPELINE, "status": status, "time": milliseconds()})
+
+    def parameters(self, parameters: Mapping[str, Any], in_pipeline: bool = False) -> None:
+        """Record parameters, flattened: in the innermost run or the pipeline's."""
+        named = {re.sub(r"[^\w.\- /:]", "_", name): str(value) for name, value in flatten(parameters, sep=".", lists=False).items()}
+        if named:
+            self.journal.write({"run": PIPELINE if in_pipeline else self._run, "params": named})
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the pipeline's run."""
+        self.journal.write({"run": PIPELINE, "tags": tags})
+
+    def artifact(self, path: str, folder: str) -> None:
+        """Keep a file, or a folder under the name `folder`, in the innermost run."""
+        self.journal.write({"run": self._run, "artifact": path, "to": folder})
+
+    def metrics(self, values: Mapping[str, float], brief: Mapping[str, float], step: int) -> None:
+        """Add `values` to the innermost run, and `brief` to the pipeline's with the stage in front."""
+        point = {"step": step, "time": milliseconds()}
+        if values:
+            self.journal.write({"run": self._run, "metrics": dict(values), **point})
+        if brief and len(self._names) == 1:
+            self.journal.write({"run": PIPELINE, "metrics": {f"{self.stage}/{name}": value for name, value in brief.items()}, **point})
+
+
+recorder: Recorder | None = None  # of the running pipeline. Set by the hook
 
 
 @contextmanager
 def child_run(name: str, parameters: Mapping[str, Any]) -> Iterator[None]:
-    """A nested run for a part of a node's work, with its parameters flattened; nothing where no run is active."""
-    import mlflow
-
-    if mlflow.active_run() is None:
+    """A nested run for a part of a node's work, with its parameters flattened. Nothing where no run is active."""
+    inside = recorder
+    if inside is None:
         yield
         return
-    with mlflow.start_run(run_name=name, nested=True):
-        mlflow.log_params(flatten(parameters, sep="."))
+    inside.open(name, {})
+    inside.parameters(parameters)
+    try:
         yield
+    except BaseException:
+        inside.close("FAILED")
+        raise
+    inside.close("FINISHED")
 
 
-def log_rows(rows: list[dict[str, Any]], stamps: list[float]) -> None:
-    """Send curve rows (each with a ``step``) and their times (seconds) to the active run and its parent."""
-    for run_id, prefix, _ in _targets():
-        _send(run_id, prefix, rows, stamps)
-
-
-def _send(run_id: str, prefix: str, rows: list[dict[str, Any]], stamps: list[float]) -> None:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-    metrics = [
-        Metric(prefix + name, value, int(stamp * 1000), row["step"])
-        for row, stamp in zip(rows, stamps, strict=True)
-        for name, value in finite(row).items()
-        if name != "step"
-    ]
-    for start in range(0, len(metrics), _BATCH):
-        MlflowClient().log_batch(run_id, metrics[start : start + _BATCH])
+def log_point(values: Mapping[str, Any], step: int) -> None:
+    """Record a point of live curves."""
+    if recorder is not None:
+        numbers = finite(values)
+        recorder.metrics(numbers, numbers, step)
 
 
 def log_final(metrics: Mapping[str, Any]) -> None:
-    """Send final metrics, flattened, to the active run and, with the stage's name in front, to its parent.
+    """Record final metrics, flattened, in the active run and, with the stage's name in front, in its parent.
 
     The parent gets no interval ends (``..._low``, ``..._high``): there runs are compared at a glance. They are in the stage's own run and
     in the results table.
     """
-    import time
-
+    if recorder is None:
+        return
     values = finite(flatten(metrics))
     brief = {name: value for name, value in values.items() if not name.endswith(("_low", "_high"))}
-    for run_id, prefix, is_stage in _targets():
-        _send(run_id, prefix, [{"step": 0, **(values if is_stage else brief)}], [time.time()])
+    recorder.metrics(values if recorder.stage else brief, brief, 0)

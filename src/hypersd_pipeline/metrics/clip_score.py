@@ -1,16 +1,36 @@
-"""CLIP score: does the picture show what its caption says?"""
+"""CLIP score: does the image show what its caption says?"""
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hypersd_pipeline.config import Strict
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.metrics.config import ClipConfig
-from hypersd_pipeline.models.dual_encoder import load_dual_encoder
+from hypersd_pipeline.models.dual_encoder import dual_encoder_key, load_dual_encoder
+from hypersd_pipeline.models.tensors import check_finite
+from hypersd_pipeline.verdicts import remembered
+
+
+class ClipConfig(Strict):
+    """The image-text encoder of the CLIP score.
+
+    Attributes:
+        model: ``shipped`` (the packaged dual encoder; its scores do not compare to CLIP's) or an open_clip name, for instance ``ViT-B-32``.
+        pretrained: an open_clip tag, for instance ``openai``, or a local weights file. Only with an open_clip name.
+    """
+
+    model: str = "shipped"
+    pretrained: str | None = None
+
+    def check(self) -> None:
+        """Raises UserError for a model or weights that there are not, and for weights that are damaged."""
+        check_clip(self)
 
 
 class ImageTextEncoder(Protocol):
@@ -35,7 +55,8 @@ class OpenClipEncoder:
 
         self.name = model
         try:
-            self.model = open_clip.create_model(model, pretrained=pretrained, device=device).eval().requires_grad_(False)
+            created = open_clip.create_model(model, pretrained=pretrained, device=device, weights_only=True)  # no pickled code
+            self.model = created.eval().requires_grad_(False)
             self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip raises RuntimeError, hubs raise their own
             raise UserError(
@@ -56,6 +77,50 @@ class OpenClipEncoder:
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)
+
+
+def check_clip(config: ClipConfig) -> None:
+    """Raises UserError for an encoder that `load_clip` could not load, or whose values are NaN. One that was good is not read again."""
+    if config.model == "shipped":
+        dual_encoder_key()
+        return
+    path = _clip_file(config)
+
+    def check() -> bool:
+        model = load_clip(config, "cpu")
+        check_finite(path, model.model.state_dict().items())  # type: ignore[attr-defined]
+        return True
+
+    remembered("clip", [path], config.model_dump(), check)
+
+
+def _clip_file(config: ClipConfig) -> Path:
+    """The weights of an open_clip name, a local file or one that is downloaded first. Raises UserError where there is none."""
+    import open_clip
+
+    name, weights = config.model, config.pretrained
+    if name not in open_clip.list_models():
+        close = get_close_matches(name, open_clip.list_models(), n=1)
+        raise UserError(
+            f"evaluation.clip.model: open_clip has no {name!r}; {f'did you mean {close[0]!r}?' if close else 'use one of its names.'}"
+        )
+    if weights is None:
+        raise UserError(f"evaluation.clip.pretrained: {name} needs weights, an open_clip tag such as 'openai' or a local file.")
+    if Path(weights).expanduser().is_file():
+        return Path(weights).expanduser()
+    published = open_clip.get_pretrained_cfg(name, weights)
+    if not published:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise UserError(
+            f"evaluation.clip.pretrained: {weights!r} is no file and no tag of {name}; give a file, or one of its tags ({tags})."
+        )
+    try:
+        return Path(open_clip.download_pretrained(published))
+    except Exception as error:  # hubs and urllib have a class for each way of not answering
+        raise UserError(
+            f"evaluation.clip: the weights {weights!r} of {name} cannot be fetched ({type(error).__name__}); check the network, or give a "
+            "local file in evaluation.clip.pretrained."
+        ) from error
 
 
 def load_clip(config: ClipConfig, device: torch.device | str = "cpu") -> ImageTextEncoder:

@@ -1,4 +1,4 @@
-"""How much pictures of the same prompt differ from each other."""
+"""How much images of the same prompt differ from each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pairwise_distance(features: Tensor) -> Tensor:
-    """Mean cosine distance between the pictures of each prompt, in [0, 2]; 0 where a model draws one picture whatever the noise.
+    """Mean cosine distance between the images of each prompt, in [0, 2]; 0 where a model draws one image whatever the noise.
 
     Args:
         features: ``[prompts, variants, d]``, at least two variants.

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-import urllib.error
+import io
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from hypersd_pipeline.config import Strict
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.metrics.config import FeatureConfig
-from hypersd_pipeline.models.dual_encoder import imagenet_normalise, load_efficientnet_, resize_images
+from hypersd_pipeline.files import address_file, check_sha256
+from hypersd_pipeline.models.dual_encoder import efficientnet_weights, imagenet_normalise, load_efficientnet_, resize_images
+from hypersd_pipeline.models.tensors import check_finite
+from hypersd_pipeline.verdicts import remembered
+
+
+class FeatureConfig(Strict):
+    """Features for the Frechet distance.
+
+    Attributes:
+        kind: ``efficientnet_lite0`` (packaged, the metric is ``fd_efficientnet_lite0``) or ``inception`` (the metric is ``fid_inception``).
+        resolution: images are resized to this square for EfficientNet. The embedded data's own 64 pixels cost 3.6 ms an image, 224
+            twelve times more.
+            Distances at different resolutions do not compare. Inception always resizes to 299, as the FID does.
+        weights: a local ``pt_inception-2015-12-05-6726825d.pth``. Without it that file is downloaded once.
+        sha256: of another file of the same network, or its first digits, eight at least. The published one's are known.
+    """
+
+    kind: Literal["efficientnet_lite0", "inception"] = "efficientnet_lite0"
+    resolution: int = Field(default=64, ge=32, le=2048)
+    weights: Path | None = None
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{8,64}$")
+
+    def check(self) -> None:
+        """Raises UserError for weights that are missing or damaged."""
+        check_features(self)
+
+
+INCEPTION_ADDRESS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d"
+"""The first digits of the file's sha256, which its publisher wrote into its name."""
 
 
 class FeatureExtractor(Protocol):
@@ -45,55 +76,81 @@ class EfficientNetLite0:
 class Inception:
     """The FID's Inception-v3 (2048-d, TensorFlow weights) through torch-fidelity, on images rounded to 8 bits as the FID does.
 
+    Args:
+        weights: see `inception_file`. device: where it runs.
+
     Raises:
-        UserError: the weights file is missing or unreadable, or cannot be downloaded.
+        UserError: the file holds anything but the tensors of that network.
     """
 
     name = "inception"
 
-    def __init__(self, weights: Path | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        if weights is not None:
-            _check_weights(weights)
+        # torch-fidelity unpickles freely, so it is handed our own pickle of what was read as tensors only
+        ours = io.BytesIO()
+        torch.save(_tensors_only(weights), ours)
+        ours.seek(0)
         try:
-            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights) if weights else None).to(device)
-        except (urllib.error.URLError, OSError) as error:
-            raise UserError(
-                f"evaluation.features: the Inception weights cannot be downloaded ({error}); give a local file in "
-                f"evaluation.features.weights."
-            ) from error
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], ours).to(device)
         except RuntimeError as error:
-            raise UserError(
-                f"{weights}: these are not the FID's Inception-v3 weights; use pt_inception-2015-12-05-6726825d.pth."
-            ) from error
+            raise UserError(f"{weights}: these are not the FID's Inception-v3 weights; use {INCEPTION_ADDRESS}.") from error
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.network((images.clamp(0, 1) * 255).round().to(torch.uint8))[0]
 
 
-def _check_weights(path: Path) -> None:
-    """torch-fidelity unpickles freely, so a file that is more than tensors must be refused before it sees it."""
-    if not path.exists():
-        raise UserError(
-            f"evaluation.features.weights: {path} does not exist; download pt_inception-2015-12-05-6726825d.pth there, or "
-            f"use kind: efficientnet_lite0."
-        )
+def _tensors_only(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; download {INCEPTION_ADDRESS} there.")
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # any unpickling failure
-        raise UserError(
-            f"{path}: not a file of tensors only ({type(error).__name__}); use pt_inception-2015-12-05-6726825d.pth."
-        ) from error
+        raise UserError(f"{path}: not a file of tensors only ({type(error).__name__}); use {INCEPTION_ADDRESS}.") from error
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path}: holds no table of tensors; use {INCEPTION_ADDRESS}.")
+    return content
+
+
+def inception_file(config: FeatureConfig) -> Path:
+    """The weights of Inception-v3, checked: the local file, or torch-fidelity's own, which is downloaded once.
+
+    Raises:
+        UserError: it is missing, cannot be fetched, or is another file.
+    """
+    key, digits = "evaluation.features", config.sha256 or INCEPTION_SHA256
+    if config.weights is None:
+        path = address_file(INCEPTION_ADDRESS, digits, f"{key}.weights")
+    else:
+        path = config.weights.expanduser()
+        if not path.is_file():
+            raise UserError(f"{key}.weights: {path} does not exist; download {INCEPTION_ADDRESS} there, or use kind: efficientnet_lite0.")
+    check_sha256(path, digits, key)
+    return path
+
+
+def check_features(config: FeatureConfig) -> None:
+    """Raises UserError for weights that are missing or damaged; a file that was good is not read again."""
+    if config.kind != "inception":
+        efficientnet_weights()
+        return
+    path = inception_file(config)
+
+    def check() -> bool:
+        check_finite(path, Inception(path).network.state_dict().items())
+        return True
+
+    remembered("inception", [path], config.sha256, check)
 
 
 def load_features(config: FeatureConfig, device: torch.device | str = "cpu") -> FeatureExtractor:
     """The extractor that the configuration names."""
     if config.kind == "inception":
-        return Inception(config.weights, device)
+        return Inception(inception_file(config), device)
     return EfficientNetLite0(config.resolution, device)
 
 
 def metric_name(extractor_name: str) -> str:
-    """``fid_inception`` for Inception-v3 and for nothing else; ``fd_<features>`` otherwise."""
+    """``fid_inception`` for Inception-v3 and for nothing else. ``fd_<features>`` otherwise."""
     return "fid_inception" if extractor_name == "inception" else f"fd_{extractor_name}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval."""
+    """A metric with its 95 % interval."""
 
     value: float
     low: float
@@ -84,7 +84,7 @@ def frechet_estimate(x: Tensor, y: Tensor, resamples: int = 1000, seed: int = 0,
     they spread up to twice as far as repeated experiments do. The bootstrap here resamples the first-order expansion of the distance
     instead (its influence function): it has no such bias, its width was that of repeated experiments to within a third in most of the
     cases tried, to within a half in one, where the distance is well above its floor, and it needs one decomposition and not
-    ``resamples``. The interval tells how far the figure would move with other samples of the same number; the distance's own bias in n
+    ``resamples``. The interval tells how far the metric would move with other samples of the same number. The distance's own bias in n
     stays in.
 
     Args:

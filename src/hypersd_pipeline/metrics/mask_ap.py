@@ -1,4 +1,4 @@
-"""COCO's mask average precision (pycocotools), of a model on real pictures, or on generated ones with the masks they should show."""
+"""COCO's mask average precision (pycocotools), of a model on real images, or on generated ones with the masks they should show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypersd_pipeline.errors import UserError
 if TYPE_CHECKING:
     from hypersd_pipeline.perception.protocol import Instances, PerceptualModel
 
-LARGEST = 100  # detections per picture that count, COCO's number
+LARGEST = 100  # detections per image that count, COCO's number
 
 
 def mask_ap(model: PerceptualModel, images: Tensor, instances: Sequence[Instances], batch_size: int = 32) -> dict[str, float]:
@@ -32,7 +32,7 @@ def mask_ap(model: PerceptualModel, images: Tensor, instances: Sequence[Instance
 
 
 def average_precision(predicted: Sequence[Instances], truth: Sequence[Instances]) -> dict[str, float]:
-    """COCO's figures of predictions with scores against true instances, one `Instances` a picture each, mean over classes.
+    """COCO's metrics of predictions with scores against true instances, one `Instances` an image each, mean over classes.
 
     Returns:
         ``mask_ap`` (mean over IoU thresholds .50 to .95), ``mask_ap50``, ``mask_ap75``, ``mask_ar`` (recall over the same thresholds), all
@@ -42,9 +42,9 @@ def average_precision(predicted: Sequence[Instances], truth: Sequence[Instances]
         UserError: there is no true instance at all.
     """
     if not any(len(item) for item in truth):
-        raise UserError("mask AP: none of the pictures has a true instance; take pictures that are annotated.")
+        raise UserError("mask AP: none of the images has a true instance; take images that are annotated.")
     if len(predicted) != len(truth):
-        raise ValueError(f"predictions of {len(predicted)} pictures, truth of {len(truth)}")
+        raise ValueError(f"predictions of {len(predicted)} images, truth of {len(truth)}")
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress and a table
@@ -58,7 +58,7 @@ def average_precision(predicted: Sequence[Instances], truth: Sequence[Instances]
 
 
 def _coco(items: Sequence[Instances], truth: Sequence[Instances]) -> Any:
-    """pycocotools' table of instances; image ids are positions, category ids are labels + 1."""
+    """pycocotools' table of instances. Image ids are positions, category ids are labels + 1."""
     from pycocotools import mask as coco_mask
     from pycocotools.coco import COCO
 

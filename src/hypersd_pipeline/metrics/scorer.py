@@ -1,4 +1,4 @@
-"""All that is measured on a batch of pictures, with one pass through each network."""
+"""All that is measured on a batch of images, with one pass through each network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypersd_pipeline.models.quality_head import load_quality_head
 
 @dataclass(frozen=True)
 class Scores:
-    """Of ``n`` pictures, float32 on the CPU: Frechet ``features [n, d]``, unit image ``embeddings [n, e]``, ``quality [n]``."""
+    """Of ``n`` images, float32 on the CPU: Frechet ``features [n, d]``, unit image ``embeddings [n, e]``, ``quality [n]``."""
 
     FIELDS: ClassVar = ("features", "embeddings", "quality")
     features: Tensor
@@ -27,7 +27,7 @@ class Scores:
 
     @staticmethod
     def cat(parts: Sequence[Scores]) -> Scores:
-        """Concatenate along the pictures."""
+        """Concatenate along the images."""
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.FIELDS))
 
 
@@ -58,7 +58,7 @@ class Scorer:
         return Scores(features.float().cpu(), embeddings.float().cpu(), self.head(dual).float().cpu())
 
     def score_all(self, batches: Iterable[Tensor]) -> Scores:
-        """Scores of all pictures of an iterable of batches, of which one is held at a time."""
+        """Scores of all images of an iterable of batches, of which one is held at a time."""
         return Scores.cat([self.score(batch) for batch in batches])
 
     @torch.inference_mode()

@@ -1,48 +1,50 @@
-"""Several LoRA adapters on one frozen UNet: student, EMA target and, where needed, the previous stage."""
+"""Several LoRA adapters on one frozen network: student, EMA target and, where needed, the previous stage or a critic."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.diffusion.sampling import Denoiser
+from hypersd_pipeline.diffusion.denoiser import Denoiser
+from hypersd_pipeline.diffusion.process import Process
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.backbones import Backbone
 from hypersd_pipeline.models.folded import can_fold, folded
-from hypersd_pipeline.models.lora import PREFIX, LoRA
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+from hypersd_pipeline.models.lora import LoRA
 
 
-class AdaptedUNet:
-    """One UNet in memory, seen through the base weights or through any of its adapters.
+class AdaptedBackbone:
+    """One network in memory, seen through the base weights or through any of its adapters.
 
-    The base is frozen. Only the adapters named in ``trainable`` require gradients; they are kept in float32.
+    The base is frozen. Only the adapters named in ``trainable`` require gradients. They are kept in float32.
 
     Args:
-        unet: loaded, frozen; changed in place.
-        rank: of every adapter; ``lora_alpha`` equals it, so that the scale is 1.
+        backbone: loaded, frozen. Changed in place.
+        process: that the network was trained for.
+        rank: of every adapter. ``lora_alpha`` equals it, so that the scale is 1.
         target_modules: module-name endings, as peft matches them.
         names: the adapters.
         trainable: those that are trained.
-        start: weights for ``names``; otherwise A is random (seeded) and B zero, the same for all.
+        start: weights for ``names``, of the same or a lower rank. Otherwise A is random (seeded) and B zero, the same for all.
         fresh_names: further adapters that start at zero, whatever ``start`` is (a critic).
-        encoder_names: further adapters that sit in the down blocks and the mid block only and start at zero, whatever ``start`` is.
+        encoder_names: further adapters that sit in the encoder only and start at zero, whatever ``start`` is (a discriminator).
 
     Raises:
-        UserError: no module matches ``target_modules``, or ``start`` has another rank or other modules.
+        UserError: no module matches ``target_modules``, or ``start`` has a higher rank or further modules.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        backbone: Backbone,
+        process: Process,
         *,
         rank: int,
         target_modules: Sequence[str],
@@ -53,46 +55,26 @@ class AdaptedUNet:
         encoder_names: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self.unet = unet
+        self.backbone, self.process = backbone, process
         self.names = (*names, *fresh_names, *encoder_names)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules), init_lora_weights="gaussian")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                _add_adapter(unet, config, self.names[0])
-            except ValueError as error:
-                raise UserError(
-                    f"lora.target_modules: {list(target_modules)} match no module of the UNet; use names such as to_q, to_v."
-                ) from error
-            for name in (*names[1:], *fresh_names):
-                _add_adapter(unet, config, name)
-            if encoder_names:
-                endings = "|".join(re.escape(ending) for ending in target_modules)
-                part = LoraConfig(
-                    r=rank,
-                    lora_alpha=rank,
-                    target_modules=rf"(down_blocks|mid_block)\.(.*\.)?({endings})",
-                    init_lora_weights="gaussian",
-                )
-                for name in encoder_names:
-                    _add_adapter(unet, part, name)
-        for parameter in (p for name, p in unet.named_parameters() if ".lora_" in name):
+        module = backbone.module
+        backbone.check_targets(target_modules)
+        _add_adapters(backbone, rank, target_modules, (*names, *fresh_names), encoder_names, seed)
+        for parameter in (p for name, p in module.named_parameters() if ".lora_" in name):
             parameter.data = parameter.data.float()  # in bf16 an update of 1e-6 would round away
         # collected once: walking the module tree at each switch would cost more than the switch
-        self._layers: list[Any] = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
-        self.dtype: torch.dtype = next(p.dtype for name, p in unet.named_parameters() if ".lora_" not in name)
+        self._layers: list[Any] = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self._layers:
             layer.forward = partial(_forward, layer, layer.forward)
-        self._layer_names = [name for name, m in unet.named_modules() if isinstance(m, BaseTunerLayer)]
+        self._layer_names = [name for name, m in module.named_modules() if isinstance(m, BaseTunerLayer)]
         if start is not None:
             self._load(self.names[0], start, rank)
         for name in names[1:]:
             for target, source in zip(self.parameters(name), self.parameters(self.names[0]), strict=True):
                 target.data.copy_(source.data)
-        for parameter in unet.parameters():
+        for parameter in module.parameters():
             parameter.requires_grad_(False)
         for name in trainable:
             for parameter in self.parameters(name):
@@ -100,7 +82,7 @@ class AdaptedUNet:
         self.use(None)
 
     def use(self, name: str | None) -> None:
-        """Make the UNet compute with this adapter; None is the base alone.
+        """Make the network compute with this adapter. None is the base alone.
 
         Sets what peft's ``set_adapter`` and ``disable_adapters`` set, without touching ``requires_grad``.
         """
@@ -119,9 +101,20 @@ class AdaptedUNet:
 
         def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             self.use(name)
-            return self.unet(x_t.to(self.dtype), t, **cond.to(dtype=self.dtype).unet_kwargs(), return_dict=False)[0]
+            return self.backbone(x_t, t, cond)
 
-        return call
+        return Denoiser(call, self.process)
+
+    def features(self, name: str | None, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The encoder's features ``[b, C, h', w']`` with this adapter (see `Backbone.features`)."""
+        self.use(name)
+        return self.backbone.features(x_t, t, cond)
+
+    @contextmanager
+    def watch_features(self) -> Iterator[list[Tensor]]:
+        """See `Backbone.watch_features`."""
+        with self.backbone.watch_features() as seen:
+            yield seen
 
     def _pairs(self, name: str) -> list[tuple[str, Tensor, Tensor]]:
         layers = zip(self._layer_names, self._layers, strict=True)
@@ -135,24 +128,26 @@ class AdaptedUNet:
         """A copy of the adapter's weights, float32 on the CPU."""
         tensors = {}
         for module, a, b in self._pairs(name):
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = a.detach().float().cpu().clone()
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = b.detach().float().cpu().clone()
+            tensors[f"{self.backbone.component}.{module}.lora_A.weight"] = a.detach().float().cpu().clone()
+            tensors[f"{self.backbone.component}.{module}.lora_B.weight"] = b.detach().float().cpu().clone()
         return LoRA(tensors, metadata)
 
     def _load(self, name: str, lora: LoRA, rank: int) -> None:
         given = lora.modules()
-        if lora.rank != rank:
-            raise UserError(
-                f"lora.rank: {rank} differs from the previous stage's LoRA, which has rank {lora.rank}; use one rank in all stages."
-            )
-        if set(given) != set(self._layer_names):
-            odd = sorted(set(given) ^ set(self._layer_names))[0]
-            raise UserError(
-                f"lora.target_modules: the previous stage's LoRA has other modules ({odd} is in one only); use one list in all stages."
-            )
+        for module, (a, _) in given.items():
+            if module not in self._layer_names:
+                raise UserError(
+                    f"lora.target_modules: the LoRA that the stage starts from also changes {module}, which is not among them; add it."
+                )
+            if len(a) > rank:
+                raise UserError(f"lora.rank: {rank} is lower than the rank {len(a)} of the LoRA that the stage starts from; raise it.")
         for module, a, b in self._pairs(name):
-            a.data.copy_(given[module][0])
-            b.data.copy_(given[module][1])
+            if module in given:  # what a LoRA of lower rank leaves free starts as a fresh one does: A at random, B at zero
+                first, second = given[module]
+                if a.shape[1:] != first.shape[1:] or len(b) != len(second):
+                    raise UserError(f"LoRA module {module!r} does not fit this network; use a LoRA of the same family as the teacher.")
+                a.data[: len(first)].copy_(first)
+                b.data[:, : len(first)].copy_(second)
 
     def state_dict(self) -> dict[str, Any]:
         """All adapters, for a checkpoint."""
@@ -165,25 +160,34 @@ class AdaptedUNet:
                 parameter.data.copy_(saved)
 
 
-def checkpoint_gradients(unet: UNet2DConditionModel) -> None:
-    """Less memory for one more forward pass. diffusers does it only in training mode; Stable Diffusion UNets have no dropout."""
-    unet.enable_gradient_checkpointing()
-    unet.train()
-
-
 def _forward(layer: Any, unfolded: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A LoRA layer's forward pass: one product where the sum ``W + B A`` is exact enough, peft's own otherwise."""
     if layer._disable_adapters:
         return layer.base_layer(x)  # type: ignore[no-any-return]
     name = layer._active_adapter[0]
-    if name not in layer.lora_A:  # the discriminator's adapter sits in a part of the UNet only
+    if name not in layer.lora_A:  # the discriminator's adapter sits in the encoder only
         return layer.base_layer(x)  # type: ignore[no-any-return]
     if not can_fold(layer, x):
         return unfolded(x)
     return folded(layer, x, layer.lora_A[name].weight, layer.lora_B[name].weight)
 
 
-def _add_adapter(unet: UNet2DConditionModel, config: Any, name: str) -> None:
-    with warnings.catch_warnings():  # peft warns that a model with a second adapter has several, which is what we want
+def _add_adapters(
+    backbone: Backbone, rank: int, target_modules: Sequence[str], names: Sequence[str], encoder_names: Sequence[str], seed: int
+) -> None:
+    """Add peft's layers: ``names`` everywhere, ``encoder_names`` in the encoder. All random numbers come from the seed."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    endings = "|".join(re.escape(ending) for ending in target_modules)
+    everywhere = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules), init_lora_weights="gaussian")
+    encoder = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=rf"{backbone.encoder_modules}\.(.*\.)?({endings})", init_lora_weights="gaussian"
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        # peft warns that a model with a second adapter has several, which is what we want
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        unet.add_adapter(config, adapter_name=name)
+        for name in names:
+            inject_adapter_in_model(everywhere, backbone.module, name)  # not every network of diffusers has `add_adapter`
+        for name in encoder_names:
+            inject_adapter_in_model(encoder, backbone.module, name)

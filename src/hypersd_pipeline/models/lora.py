@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hypersd_pipeline.diffusion.grids import tcd_timesteps, trailing_timesteps
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.tensors import is_finite
 
-PREFIX = "unet."
+_KEY = re.compile(r"(?P<component>unet|transformer)\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class LoRA:
     Attributes:
         tensors: ``unet.<module>.lora_A.weight`` and ``...lora_B.weight``. The scale is 1 (alpha equals the
             rank), so that no loader can get it wrong.
-        metadata: strings; ``sampling_contract`` is JSON (see `Contract`).
+        metadata: strings. ``sampling_contract`` is JSON (see `models.contract.Contract`).
     """
 
     tensors: dict[str, Tensor]
@@ -34,20 +35,29 @@ class LoRA:
         """The rank of the first pair."""
         return next(len(v) for k, v in self.tensors.items() if k.endswith("lora_A.weight"))
 
+    @property
+    def component(self) -> str:
+        """The network's name in diffusers' pipelines, which begins every key: ``unet``."""
+        return next(iter(self.tensors)).partition(".")[0]
+
     def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module name in the UNet -> ``(A, B)``.
+        """Module name in the network -> ``(A, B)``.
 
         Raises:
-            UserError: a key is not a UNet LoRA's, or half of a pair is missing.
+            UserError: a key is not one of diffusers' LoRA keys, or half of a pair is missing.
         """
         pairs: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
-            name, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
-            if not key.startswith(PREFIX) or half not in ("A.weight", "B.weight"):
+            match = _KEY.fullmatch(key)
+            if match is None and key.endswith(".alpha"):
                 raise UserError(
-                    f"LoRA key {key!r} is not of a UNet in diffusers' PEFT format; convert the file with diffusers' save_lora_weights."
+                    f"LoRA key {key!r}: a scale of its own is not supported; multiply lora_B by alpha / rank and leave the key out."
                 )
-            pairs.setdefault(name, {})[half[0]] = tensor
+            if match is None:
+                raise UserError(f"LoRA key {key!r} is not in diffusers' PEFT format; convert the file with diffusers' save_lora_weights.")
+            pairs.setdefault(match["module"], {})[match["half"]] = tensor
+        if not pairs:
+            raise UserError("the LoRA holds no tensors; the file is damaged, fetch or train it again.")
         incomplete = [name for name, pair in pairs.items() if len(pair) != 2]
         if incomplete:
             raise UserError(
@@ -55,79 +65,55 @@ class LoRA:
             )
         return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Check everything that can be told without computing.
 
-Grid = Literal["trailing", "tcd"]
-
-
-@dataclass(frozen=True)
-class Contract:
-    """How a LoRA wants to be sampled, as far as it differs; without guidance in any case.
-
-    Attributes:
-        steps: its own number. eta: TCDScheduler's; 0 is DDIM. grid: of timesteps; ``tcd`` is TCDScheduler's own.
-        first: the one timestep of one-step sampling, where it is not ``T - 1`` (``timesteps=[800]``); more steps have their grid.
-        only: the same for a model that knows no other step (the dedicated UNet, with LCMScheduler).
-    """
-
-    steps: int
-    eta: float = 0.0
-    grid: Grid = "trailing"
-    first: int | None = None
-    only: int | None = None
-
-    def timesteps(self, steps: int, num_train_timesteps: int) -> Tensor:
-        """The falling grid of so many steps, int64 ``[steps]``."""
-        if self.only is not None:
-            return torch.tensor([self.only])
-        if self.first is not None and steps == 1:
-            return torch.tensor([self.first])
-        return {"trailing": trailing_timesteps, "tcd": tcd_timesteps}[self.grid](steps, num_train_timesteps)
-
-    def to_json(self, schedule_config: dict[str, Any], prediction_type: str) -> str:
-        """As it travels with the file: scheduler (TCDScheduler for its grid or an eta, LCMScheduler for ``only``) and its config."""
-        scheduler = {
-            **schedule_config,
-            "prediction_type": prediction_type,
-            "timestep_spacing": "trailing",
-            "set_alpha_to_one": False,
-            "clip_sample": False,
-            "steps_offset": 1,
-        }
-        stochastic = "TCDScheduler" if self.eta or self.grid == "tcd" else "DDIMScheduler"
-        contract = {
-            "scheduler": stochastic if self.only is None else "LCMScheduler",
-            "scheduler_config": scheduler,
-            "steps": self.steps,
-            "guidance_scale": 1.0,
-            **({"timestep_spacing": self.grid, "eta": self.eta} if self.only is None else {"timesteps": [self.only]}),
-            **({} if self.first is None else {"one_step_timesteps": [self.first]}),
-        }
-        return json.dumps(contract, sort_keys=True)
-
-    @classmethod
-    def of(cls, lora: LoRA) -> Contract:
-        """The contract of a LoRA.
+        Args:
+            shapes: names and shapes of the weights of the network that it belongs to. None where that is not known.
 
         Raises:
-            UserError: it carries none that can be read, or asks for guidance.
+            UserError: a key, a shape or a value is not a LoRA's or does not fit the network, or the scale is not 1 everywhere.
         """
-        try:
-            contract = json.loads(lora.metadata["sampling_contract"])
-            steps, guidance = int(contract["steps"]), float(contract["guidance_scale"])
-            eta, grid = float(contract.get("eta", 0.0)), str(contract.get("timestep_spacing", "trailing"))
-            first, only = (int(contract[name][0]) if name in contract else None for name in ("one_step_timesteps", "timesteps"))
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError("LoRA: its metadata has no readable sampling_contract; train it again with this project.") from error
-        if guidance > 1:
-            raise UserError(
-                f"LoRA: its sampling_contract asks for guidance_scale {guidance}, few-step LoRAs are evaluated without; train it "
-                f"again with this project."
-            )
-        return cls(steps, eta, "tcd" if grid == "tcd" else "trailing", first, only)
+        pairs = self.modules()
+        _check_scale(self.metadata, self.rank)
+        for name, (a, b) in pairs.items():
+            if (
+                a.ndim not in (2, 4)
+                or a.ndim != b.ndim
+                or b.shape[1] != len(a)
+                or b.shape[2:].numel() != 1
+                or not a.numel()
+                or not b.numel()
+            ):
+                raise UserError(f"LoRA module {name!r}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no pair; train it again.")
+            if len(a) != self.rank:
+                raise UserError(
+                    f"LoRA module {name!r} has rank {len(a)}, but others have {self.rank}; loaders take one alpha for all, so use one rank."
+                )
+            if not (is_finite(a) and is_finite(b)):
+                raise UserError(f"LoRA module {name!r} has values that are NaN or infinite; fetch or train it again.")
+            if shapes is not None and shapes.get(f"{name}.weight") != (len(b), *a.shape[1:]):
+                raise UserError(
+                    f"LoRA module {name!r} does not fit the teacher's network; use the LoRA with the teacher it was trained on."
+                )
+
+
+def _check_scale(metadata: Mapping[str, str], rank: int) -> None:
+    """Raises UserError where diffusers' own metadata says another alpha than the rank."""
+    try:
+        told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        values = {name.rpartition(".")[2]: value for name, value in told.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError("the LoRA's lora_adapter_metadata cannot be read; save it again with diffusers' save_lora_weights.") from error
+    alpha = values.get("lora_alpha", rank)
+    if alpha != rank or values.get("alpha_pattern") or values.get("use_rslora"):
+        raise UserError(
+            f"the LoRA's alpha is {alpha!r} and its rank {rank}, so that its scale is not 1; train or convert it with alpha = rank."
+        )
 
 
 def lora_key(lora: LoRA | None) -> str | None:
-    """A hash of the LoRA's weights, the same on every machine; None for none."""
+    """A hash of the LoRA's weights, the same on every machine. None for none."""
     if lora is None:
         return None
     digest = hashlib.sha256()
@@ -145,23 +131,23 @@ def _delta(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def merge_lora(unet: torch.nn.Module, lora: LoRA, weight: float = 1.0) -> None:
-    """Add ``weight * B A`` to the UNet's own weights, in place.
+def merge_lora(network: torch.nn.Module, lora: LoRA, weight: float = 1.0) -> None:
+    """Add ``weight * B A`` to the network's own weights, in place.
 
     Raises:
         UserError: the LoRA belongs to another architecture.
     """
-    parameters = dict(unet.named_parameters())
+    parameters = dict(network.named_parameters())
     for name, (a, b) in lora.modules().items():
         target = parameters.get(f"{name}.weight")
         delta = _delta(a.float(), b.float())
         if target is None or target.shape != delta.shape:
-            raise UserError(f"LoRA module {name!r} does not fit this UNet; use the LoRA with the teacher it was trained on.")
+            raise UserError(f"LoRA module {name!r} does not fit this network; use the LoRA with the teacher it was trained on.")
         target.add_((weight * delta).to(target))
 
 
 def combine(first: LoRA, second: LoRA, weight: float) -> LoRA:
-    """One LoRA for ``first + weight * second``: ranks stacked, ``A = [A1; A2]`` and ``B = [B1, weight B2]``; metadata of ``first``.
+    """One LoRA for ``first + weight * second``: ranks stacked, ``A = [A1; A2]`` and ``B = [B1, weight B2]``. Metadata of ``first``.
 
     Every module gets the sum of both ranks, with zeros where one LoRA does not change it: loaders take one alpha for all modules, so that
     with ranks that differ the scale would not be 1 everywhere.
@@ -170,13 +156,13 @@ def combine(first: LoRA, second: LoRA, weight: float) -> LoRA:
     tensors: dict[str, Tensor] = {}
     for name in dict.fromkeys([*ones, *twos]):
         (a1, b1), (a2, b2) = (_half(own, other, name, rank) for own, other, rank in ((ones, twos, first.rank), (twos, ones, second.rank)))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([a1, a2])
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([b1, weight * b2], dim=1)
+        tensors[f"{first.component}.{name}.lora_A.weight"] = torch.cat([a1, a2])
+        tensors[f"{first.component}.{name}.lora_B.weight"] = torch.cat([b1, weight * b2], dim=1)
     return LoRA(tensors, dict(first.metadata))
 
 
 def _half(own: dict[str, tuple[Tensor, Tensor]], other: dict[str, tuple[Tensor, Tensor]], name: str, rank: int) -> tuple[Tensor, Tensor]:
-    """The pair of a module; of zeros, in the shape that the other LoRA's pair tells, where there is none."""
+    """The pair of a module. Of zeros, in the shape that the other LoRA's pair tells, where there is none."""
     if name in own:
         return own[name]
     a, b = other[name]

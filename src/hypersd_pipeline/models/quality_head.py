@@ -1,7 +1,7 @@
-"""A small image-quality score: how clean a picture looks, not how beautiful it is.
+"""A small image-quality score: how clean an image looks, not how beautiful it is.
 
 An MLP on the dual encoder's unit image embeddings, trained by the pairwise ranking loss on clean-against-degraded pairs
-(``pipelines/teacher/encoders.py``). It takes the place of the LAION aesthetic predictor where no CLIP weights are at hand, with the same
+(``recipes/teacher/encoders.py``). It takes the place of the LAION aesthetic predictor where no CLIP weights are at hand, with the same
 form: L2-normalised embedding in, one scalar out.
 """
 
@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hypersd_pipeline.config import Strict
+from hypersd_pipeline.config import Decay, Strict, Width
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.dual_encoder import DualEncoder, read_checked, tensors_hash
+from hypersd_pipeline.files import tensors_sha256, write_tensors
+from hypersd_pipeline.models.dual_encoder import DualEncoder, check_head, described, dual_encoder_key, read_checked
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "quality_head.safetensors"
 
@@ -24,16 +24,16 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "quality_head.safetensors"
 class QualityHeadConfig(Strict):
     """Shape of the head: ``embed_dim -> hidden -> hidden -> 1``."""
 
-    embed_dim: int = 256
-    hidden: int = 128
-    dropout: float = 0.1
+    embed_dim: Width = 256
+    hidden: Width = 128
+    dropout: Decay = 0.1
 
 
 class QualityHead(nn.Module):
-    """``image_quality``: unit embeddings ``[b, embed_dim]`` -> scores ``[b]``; higher is cleaner.
+    """``image_quality``: unit embeddings ``[b, embed_dim]`` -> scores ``[b]``, of which a higher one is cleaner.
 
-    The output is standardised on clean training images: mean 0, deviation 1. A fresh head is in ``train`` mode; the loader returns it in
-    ``eval``.
+    The output is standardised on clean training images: mean 0, deviation 1. A fresh head is in ``train`` mode, and the loader
+    returns it in ``eval``.
     """
 
     def __init__(self, config: QualityHeadConfig) -> None:
@@ -50,7 +50,7 @@ class QualityHead(nn.Module):
         return self.layers(embeddings * self.config.embed_dim**0.5).squeeze(-1)
 
     def standardise_(self, mean: float, deviation: float) -> None:
-        """Fold ``(score - mean) / deviation`` into the last layer; ranks do not change."""
+        """Fold ``(score - mean) / deviation`` into the last layer. Ranks do not change."""
         last = self.layers[-1]
         assert isinstance(last, nn.Linear)
         last.weight.data.div_(deviation)
@@ -62,10 +62,15 @@ def save_quality_head(head: QualityHead, encoder: DualEncoder, path: Path, recip
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in head.state_dict().items()}
     metadata = {
         "config": head.config.model_dump_json(),
-        "dual_encoder": tensors_hash(encoder.trained_tensors()),
-        "sha256": tensors_hash(tensors),
+        "dual_encoder": tensors_sha256(encoder.trained_tensors()),
+        "sha256": tensors_sha256(tensors),
     }
-    save_file(tensors, path, metadata={**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
+    write_tensors(path, tensors, {**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
+
+
+def check_quality_head(path: Path = SHIPPED) -> None:
+    """Raises UserError for a head that `load_quality_head` would refuse, without building the towers it stands on."""
+    check_head(path, dual_encoder_key(), QualityHeadConfig, QualityHead)
 
 
 def load_quality_head(encoder: DualEncoder, path: Path = SHIPPED) -> QualityHead:
@@ -75,8 +80,8 @@ def load_quality_head(encoder: DualEncoder, path: Path = SHIPPED) -> QualityHead
         UserError: the file is missing or damaged, or belongs to another encoder.
     """
     tensors, metadata = read_checked(path)
-    if metadata["dual_encoder"] != tensors_hash(encoder.trained_tensors()):
+    if metadata.get("dual_encoder") != tensors_sha256(encoder.trained_tensors()):
         raise UserError(f"{path}: was trained on another dual encoder; train both with 'kedro run --pipelines teacher'.")
-    head = QualityHead(QualityHeadConfig.model_validate_json(metadata["config"]))
+    head = QualityHead(described(path, metadata, "config", QualityHeadConfig))
     head.load_state_dict(tensors)
     return head.to(encoder.device).eval().requires_grad_(False)

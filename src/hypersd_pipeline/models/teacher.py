@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.config import Strict
-from hypersd_pipeline.diffusion.sampling import Denoiser
-from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule
+from hypersd_pipeline.conditioning import Conditioning, size_conditioning
+from hypersd_pipeline.config import Side, Strict
+from hypersd_pipeline.diffusion.denoiser import Denoiser
+from hypersd_pipeline.diffusion.process import PredictionType, Process
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import file_sha256
 from hypersd_pipeline.models import text
+from hypersd_pipeline.models.backbones import FAMILIES, Backbone, family_of
+from hypersd_pipeline.models.config_rules import read_config
 
 log = logging.getLogger(__name__)
 
-Part = Literal["unet", "vae", "text"]
+Part = Literal["backbone", "vae", "text"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 SHIPPED = Path(__file__).parents[1] / "assets" / "teacher"
 TEXT_BATCH = 64  # prompts a text encoder sees at a time: bounds memory, whatever the caller passes
@@ -35,10 +37,10 @@ class TeacherConfig(Strict):
     Attributes:
         source: ``shipped``, a local folder in diffusers layout, or a hub id (``owner/name``).
         layout: ``sd15``, ``sdxl``, or ``auto``: SDXL where there is a second text encoder.
-        prediction_type: what the UNet puts out; ``auto`` reads the teacher's scheduler config.
+        prediction_type: what the network puts out. ``auto`` reads the teacher's scheduler config.
         revision, variant: of the hub repository, and of the weight files (``fp16`` ...).
-        dtype: of UNet and text encoders. vae_dtype: of the VAE; SDXL's overflows in float16.
-        resolution: side of the images in pixels; None for the teacher's own.
+        dtype: of the network and the text encoders. vae_dtype: of the VAE. SDXL's overflows in float16.
+        resolution: side of the images in pixels. None for the teacher's own.
     """
 
     source: str = "shipped"
@@ -48,7 +50,7 @@ class TeacherConfig(Strict):
     variant: str | None = None
     dtype: Dtype = "float32"
     vae_dtype: Dtype = "float32"
-    resolution: int | None = Field(default=None, gt=0)
+    resolution: Side | None = None
 
 
 class Teacher:
@@ -56,8 +58,8 @@ class Teacher:
 
     Attributes:
         config: as given, with ``auto`` and None replaced by what was found.
-        layout: ``sd15`` or ``sdxl``; prediction_type: of the UNet's output; schedule: the training noise schedule.
-        latent_channels, latent_size: of the latents ``[b, latent_channels, latent_size, latent_size]``; resolution: of images, in pixels.
+        layout: ``sd15`` or ``sdxl``. process: the diffusion process that the network was trained for.
+        latent_shape: ``(c, h, w)`` of a sample's latents. resolution: of images, in pixels.
         text_encoders, tokenizers: one each for SD1.5, two for SDXL, none where ``text`` was not asked for.
         folder: where the files are.
     """
@@ -68,27 +70,27 @@ class Teacher:
     def __init__(self, config: TeacherConfig, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
         self._remote = config.source != "shipped" and not Path(config.source).expanduser().is_dir()
-        scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-        unet, vae = _read_json(folder / "unet" / "config.json"), _read_json(folder / "vae" / "config.json")
+        scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
+        self._family = family_of(folder)
+        network, vae = (read_config(folder / name / "config.json") for name in (self._family.component, "vae"))
         self.layout = _layout(config, folder)
-        self.prediction_type: PredictionType = _prediction_type(config, scheduler)
-        self.schedule = Schedule.from_config(scheduler)
+        self.process = Process.from_config(scheduler, _prediction_type(config, scheduler))
         self._scheduler = scheduler
-        self.latent_channels, self.latent_size, self.resolution = _latent_shape(config, unet, vae)
+        self.latent_shape, self.resolution = _latent_shape(config, self._family, network, vae)
         self.scaling_factor = float(vae.get("scaling_factor", 0.18215))
         self.config = config.model_copy(
-            update={"layout": self.layout, "prediction_type": self.prediction_type, "resolution": self.resolution}
+            update={"layout": self.layout, "prediction_type": self.process.prediction_type, "resolution": self.resolution}
         )
-        self._zero_unconditional = bool(_read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
-        self._unet: Any = None
+        self._zero_unconditional = bool(read_config(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
+        self._backbone: Backbone | None = None
         self._vae: Any = None
         self.text_encoders, self.tokenizers = [], []
         self._hashes: dict[str, str] = {}
 
     @property
-    def unet(self) -> Any:
-        """diffusers' ``UNet2DConditionModel``, frozen."""
-        return _loaded(self._unet, "unet")
+    def backbone(self) -> Backbone:
+        """The denoising network, frozen."""
+        return _loaded(self._backbone, "backbone")  # type: ignore[no-any-return]
 
     @property
     def vae(self) -> Any:
@@ -98,21 +100,22 @@ class Teacher:
     def scheduler_config(self) -> dict[str, Any]:
         """The teacher's noise schedule as a diffusers scheduler takes it, to be carried by what is distilled from it."""
         defaults = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None}
-        return {key: self._scheduler.get(key, default) for key, default in defaults.items()}
+        found = {key: self._scheduler.get(key, default) for key, default in defaults.items()}
+        return {**found, "prediction_type": self.process.prediction_type}
 
-    def default_time_ids(self, n: int) -> Tensor | None:
-        """SDXL's size conditioning of an uncropped square image: float32 ``[n, 6]``; None for SD1.5."""
+    def default_sizes(self, n: int) -> Tensor | None:
+        """SDXL's size conditioning of an uncropped square image: float32 ``[n, 6]``. None for SD1.5."""
         if self.layout != "sdxl":
             return None
         square = (self.resolution, self.resolution)
-        return text.sdxl_time_ids(square, (0, 0), square).to(self.device).repeat(n, 1)
+        return size_conditioning(square, (0, 0), square).to(self.device).repeat(n, 1)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of ``b`` prompts, equal to diffusers' ``encode_prompt``; long prompts are cut, and a warning counts them.
+        """Conditioning of ``b`` prompts, equal to diffusers' ``encode_prompt``. Long prompts are cut, and a warning counts them.
 
         Returns:
-            prompt_embeds ``[b, L, D]``; for SDXL pooled ``[b, P]`` and the default time_ids ``[b, 6]``.
+            prompt_embeds ``[b, L, D]``. For SDXL pooled ``[b, P]`` and the default sizes ``[b, 6]``.
         """
         _loaded(self.text_encoders or None, "text")
         if not prompts:
@@ -125,17 +128,17 @@ class Teacher:
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         if self.layout == "sd15":
             return Conditioning(text.encode_sd15(self.tokenizers[0], self.text_encoders[0], prompts))
-        return Conditioning(*text.encode_sdxl(self.tokenizers, self.text_encoders, prompts), self.default_time_ids(len(prompts)))
+        return Conditioning(*text.encode_sdxl(self.tokenizers, self.text_encoders, prompts), self.default_sizes(len(prompts)))
 
     def unconditional(self, n: int = 1) -> Conditioning:
         """The unconditional half of guidance, ``n`` times: the encoded "" for SD1.5, zeros for SDXL (if ``force_zeros_for_empty_prompt``).
 
-        SDXL's ``time_ids`` are the default ones; where images bring their own, both halves must carry the image's.
+        SDXL's ``sizes`` are the default ones. Where images bring their own, both halves must carry the image's.
         """
         one = self.encode_prompts([""])
         if self.layout == "sdxl" and self._zero_unconditional:
             assert one.pooled is not None
-            one = Conditioning(torch.zeros_like(one.prompt_embeds), torch.zeros_like(one.pooled), one.time_ids)
+            one = Conditioning(torch.zeros_like(one.prompt_embeds), torch.zeros_like(one.pooled), one.sizes)
         return one[torch.zeros(n, dtype=torch.int64, device=self.device)]
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +154,7 @@ class Teacher:
         return posterior.mean * self.scaling_factor, posterior.std * self.scaling_factor
 
     def decode(self, latents: Tensor, *, clip: bool = True) -> Tensor:
-        """Images ``[b, 3, h, w]`` in [0, 1], float32, of scaled latents ``[b, c, h/f, w/f]``; differentiable in the latents.
+        """Images ``[b, 3, h, w]`` in [0, 1], float32, of scaled latents ``[b, c, h/f, w/f]``. Differentiable in the latents.
 
         Without ``clip`` a little outside the range too, so that saturated pixels keep their gradient.
         """
@@ -160,8 +163,8 @@ class Teacher:
         return images.clamp(0, 1) if clip else images  # never in place: the decode path carries gradients in feedback learning
 
     def denoiser(self) -> Denoiser:
-        """The UNet as a function of tensors; inputs are cast to the UNet's dtype, the raw output is in that dtype."""
-        return denoiser_of(self.unet)
+        """The network with its process, without guidance."""
+        return Denoiser(self.backbone, self.process)
 
     def content_hash(self, part: Part) -> str:
         """sha256 over the part's config and weight files (and tokenizer files for ``text``), so that a cache knows its encoder."""
@@ -177,23 +180,13 @@ class Teacher:
         return self._hashes[part]
 
 
-def denoiser_of(unet: Any) -> Denoiser:
-    """A UNet as a function of tensors; inputs are cast to its dtype, the raw output is in that dtype."""
-    dtype = unet.dtype
-
-    def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return unet(x_t.to(dtype), t, **cond.to(dtype=dtype).unet_kwargs(), return_dict=False)[0]  # type: ignore[no-any-return]
-
-    return call
-
-
 def load_teacher(
-    config: TeacherConfig, parts: Iterable[Part] = ("unet", "vae", "text"), device: torch.device | str | None = None
+    config: TeacherConfig, parts: Iterable[Part] = ("backbone", "vae", "text"), device: torch.device | str | None = None
 ) -> Teacher:
     """Load the asked parts of a teacher, frozen and in ``eval()``.
 
     Args:
-        parts: of ``unet``, ``vae``, ``text``; nothing else is read, and nothing else downloaded.
+        parts: of ``backbone``, ``vae``, ``text``. Nothing else is read, and nothing else downloaded.
         device: the accelerator if there is one, unless given.
 
     Raises:
@@ -204,11 +197,12 @@ def load_teacher(
     folder = find_folder(config, parts)
     teacher = Teacher(config, folder, where)
     for part in parts:
-        for name in _part_folders(folder, part):
+        for name in part_folders(folder, part):
             if not name.startswith("tokenizer"):
-                _weight_files(folder / name, config.variant)  # refuses what is not safetensors, before anything is read
-    if "unet" in parts:
-        teacher._unet = _load_diffusers("UNet2DConditionModel", folder, "unet", config.variant, config.dtype).to(where)
+                weight_files(folder / name, config.variant)  # refuses what is not safetensors, before anything is read
+    if "backbone" in parts:
+        family = teacher._family
+        teacher._backbone = family(_load_diffusers(family.class_name, folder, family.component, config.variant, config.dtype).to(where))
     if "vae" in parts:
         teacher._vae = _load_diffusers("AutoencoderKL", folder, "vae", config.variant, config.vae_dtype).to(where)
     if "text" in parts:
@@ -216,7 +210,7 @@ def load_teacher(
     return teacher
 
 
-def find_folder(config: TeacherConfig, parts: Iterable[Part] = ("unet", "vae", "text")) -> Path:
+def find_folder(config: TeacherConfig, parts: Iterable[Part] = ("backbone", "vae", "text")) -> Path:
     """The local folder of a teacher; a hub id is downloaded into the hub's cache first (only the asked parts' safetensors).
 
     Raises:
@@ -249,9 +243,9 @@ def check_shipped(folder: Path) -> None:
     table = folder / "sha256.json"
     if not table.exists():
         raise UserError(f"{table} is missing, so teacher.source 'shipped' cannot be used; reinstall the package.")
-    listed: dict[str, str] = json.loads(table.read_text())
+    listed = read_config(table)
     unlisted = {p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors")} - set(listed)
-    changed = [name for name, digest in listed.items() if not (folder / name).is_file() or _sha256(folder / name) != digest]
+    changed = [name for name, digest in listed.items() if not (folder / name).is_file() or file_sha256(folder / name) != digest]
     if bad := sorted([*unlisted, *changed]):
         raise UserError(f"{folder}: {', '.join(bad)} differ from sha256.json; reinstall the package to restore the shipped teacher.")
 
@@ -262,7 +256,8 @@ def _download(config: TeacherConfig, parts: Iterable[Part]) -> Path:
     dot = f".{config.variant}" if config.variant else ""
     patterns = ["model_index.json", "*/config.json", "scheduler/*.json"]
     for part in parts:
-        for name in {"unet": ["unet"], "vae": ["vae"], "text": ["text_encoder", "text_encoder_2"]}[part]:
+        networks = [family.component for family in FAMILIES]
+        for name in {"backbone": networks, "vae": ["vae"], "text": ["text_encoder", "text_encoder_2"]}[part]:
             stem = "model" if part == "text" else "diffusion_pytorch_model"
             patterns += [f"{name}/{stem}{dot}.safetensors", f"{name}/{stem}{dot}-*.safetensors", f"{name}/{stem}*{dot}.index*.json"]
             patterns += [f"{name}/{stem}-*{dot}.safetensors", f"{name}/{stem}.safetensors.index{dot}.json"]
@@ -310,17 +305,9 @@ def _loaded(part: Any, name: str) -> Any:
     return part
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; give a complete diffusers folder of a Stable Diffusion 1.5 or SDXL model.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fetch the teacher again.") from None
-
-
 def _found_layout(folder: Path) -> Literal["sd15", "sdxl"]:
-    return "sdxl" if _read_json(folder / "model_index.json").get("text_encoder_2", [None])[0] else "sd15"
+    second = read_config(folder / "model_index.json").get("text_encoder_2")
+    return "sdxl" if isinstance(second, list) and second and second[0] else "sd15"
 
 
 def _layout(config: TeacherConfig, folder: Path) -> Literal["sd15", "sdxl"]:
@@ -337,38 +324,48 @@ def _prediction_type(config: TeacherConfig, scheduler: dict[str, Any]) -> Predic
     return found
 
 
-def _latent_shape(config: TeacherConfig, unet: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
-    """``(channels, latent side, image side)``."""
+def _latent_shape(
+    config: TeacherConfig, family: type[Backbone], network: dict[str, Any], vae: dict[str, Any]
+) -> tuple[tuple[int, int, int], int]:
+    """``(channels, height, width)`` of the latents, and the side of the image in pixels."""
     channels = int(vae.get("latent_channels", 4))
-    if unet.get("in_channels", 4) != channels:
+    wanted, side = family.latent_shape(network)
+    if wanted != channels:
         raise UserError(
-            f"unet/config.json: in_channels is {unet.get('in_channels')}, the VAE has {channels}; "
+            f"{family.component}/config.json: in_channels is {wanted}, the VAE has {channels}; "
             "use a text-to-image teacher (not an inpainting one)."
         )
     if any(vae.get(key) is not None for key in ("latents_mean", "latents_std")) or vae.get("shift_factor"):
         raise UserError("vae/config.json: latents_mean, latents_std and shift_factor are not supported; use a teacher without them.")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    resolution = config.resolution or int(unet["sample_size"]) * factor
+    if config.resolution is None and side is None:
+        raise UserError(
+            f"{family.component}/config.json: {family.size_key} is null, which leaves the side of images open; set teacher.resolution."
+        )
+    resolution = config.resolution or (side or 0) * factor
     if resolution % factor:
         nearest = resolution // factor * factor or factor
         raise UserError(f"teacher.resolution: {resolution} is not a multiple of {factor}, the VAE's reduction; use {nearest}.")
-    return channels, resolution // factor, resolution
+    return (channels, resolution // factor, resolution // factor), resolution
 
 
-def _part_folders(folder: Path, part: Part) -> list[str]:
-    if part != "text":
+def part_folders(folder: Path, part: Part) -> list[str]:
+    if part == "backbone":
+        return [family_of(folder).component]
+    if part == "vae":
         return [part]
     second = ["text_encoder_2", "tokenizer_2"] if _found_layout(folder) == "sdxl" else []
     return ["text_encoder", "tokenizer", *second]
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The safetensors files that ``from_pretrained`` reads for this variant.
 
     Raises:
         UserError: there are none.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    base = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    files = sorted(folder.glob(f"{base}*.safetensors"))  # not an adapter's, which may lie beside them
     stems = {f: re.sub(r"-\d{5}-of-\d{5}", "", f.name.removesuffix(".safetensors")) for f in files}
     stems = {f: stem.partition(".")[2] for f, stem in stems.items()}
     found = [f for f in files if stems[f] == (variant or "")]
@@ -385,22 +382,17 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 def _part_files(folder: Path, part: Part, config: TeacherConfig) -> list[Path]:
     files: list[Path] = []
-    for name in _part_folders(folder, part):
+    for name in part_folders(folder, part):
         if name.startswith("tokenizer"):
             files += sorted(p for p in (folder / name).iterdir() if p.is_file())
         else:
-            files += [folder / name / "config.json", *_weight_files(folder / name, config.variant)]
+            files += [folder / name / "config.json", *weight_files(folder / name, config.variant)]
     return files
 
 
 def _identity(path: Path) -> str:
     if path.name != "config.json":
-        return _sha256(path)
+        return file_sha256(path)
     # saving a model again notes the library's version and the old path in its config: that is no other model
-    config = {k: v for k, v in _read_json(path).items() if not k.startswith("_") and k != "transformers_version"}
+    config = {k: v for k, v in read_config(path).items() if not k.startswith("_") and k != "transformers_version"}
     return json.dumps(config, sort_keys=True)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -48,8 +48,3 @@ def encode_sdxl(tokenizers: Sequence[Any], encoders: Sequence[Any], prompts: Seq
         pooled = output[0]  # CLIPTextModelWithProjection puts text_embeds first
     assert pooled is not None and pooled.ndim == 2
     return torch.cat(hidden, dim=-1).to(pooled.dtype), pooled
-
-
-def sdxl_time_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """SDXL's size conditioning, float32 ``[6]``: (height, width) as found, (top, left) of the crop, (height, width) the VAE sees."""
-    return torch.tensor([*original, *crop, *target], dtype=torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """``softplus(-real) + softplus(fake)``, each the mean over ``[b]`` logits; ``2 log 2`` for one that knows nothing."""
+    """``softplus(-real) + softplus(fake)``, each the mean over ``[b]`` logits. ``2 log 2`` for one that knows nothing."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
@@ -18,6 +18,6 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def balanced(gradient: Tensor, reference: Tensor) -> Tensor:
-    """``gradient`` scaled to the norm of ``reference``, so that a weight on it is a share; unchanged where the reference is zero."""
+    """``gradient`` scaled to the norm of ``reference``, so that a weight on it is a share. Unchanged where the reference is zero."""
     norm, wanted = gradient.norm(), reference.norm()
     return gradient * torch.where(wanted > 0, wanted / norm.clamp(min=1e-20), torch.ones_like(norm))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule, add_noise, to_x0_eps
+from hypersd_pipeline.diffusion.process import Process
 
 
-def sample_renoise_timesteps(batch: int, schedule: Schedule, generator: torch.Generator, low: float = 0.02, high: float = 0.98) -> Tensor:
+def sample_renoise_timesteps(batch: int, process: Process, generator: torch.Generator, low: float = 0.02, high: float = 0.98) -> Tensor:
     """``t ~ U[low T, high T]`` int64 ``[b]``, where the student's samples are judged: neither nearly clean nor nearly noise."""
-    T = schedule.num_train_timesteps
+    T = process.num_train_timesteps
     return torch.randint(int(low * T), int(high * T) + 1, (batch,), generator=generator)
 
 
 @torch.no_grad()
 def matching_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
-    """``(p_real - p_fake) / mean|p_real|`` with ``p = x - x0``, the mean per sample; ``[b, c, h, w]`` float32, zero where not finite.
+    """``(p_real - p_fake) / mean|p_real|`` with ``p = x - x0``, the mean per sample. ``[b, c, h, w]`` float32, zero where not finite.
 
     Args:
         x: the student's clean latents. x0_real, x0_fake: what the teacher (with guidance) and the critic (without) make of them, noised.
@@ -33,12 +33,10 @@ def matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (x - (x - gradient).detach()).square().mean()
 
 
-def critic_loss(output: Tensor, x: Tensor, z: Tensor, t: Tensor, schedule: Schedule, prediction_type: PredictionType) -> Tensor:
-    """The denoising loss of the critic on the student's samples: squared error of the noise it sees in ``add_noise(x, z, t)``.
+def critic_loss(eps: Tensor, z: Tensor) -> Tensor:
+    """The denoising loss of the critic on the student's noised samples: squared error of the noise.
 
     Args:
-        output: the critic's raw output. x: the student's samples, detached. z: the noise. t: int64 ``[b]`` in ``[0, T)``.
+        eps: the noise that the critic sees ``[b, c, h, w]``. z: the noise that was added.
     """
-    x = x.detach()
-    _, eps = to_x0_eps(output, add_noise(x, z, t, schedule), t, schedule, prediction_type)
     return (eps - z.float()).square().mean()

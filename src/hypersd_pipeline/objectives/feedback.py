@@ -1,4 +1,4 @@
-"""Feedback learning (Hyper-SD section 3.2): what is judged, and the losses on the judgement."""
+"""Feedback learning (Hyper-SD section 3.2): what is judged, and the loss on the scores."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.diffusion.sampling import Denoiser
-from hypersd_pipeline.diffusion.schedule import PredictionType, Schedule, to_x0_eps
-from hypersd_pipeline.objectives.tscd import jump
+from hypersd_pipeline.diffusion.denoiser import Denoiser
 
 
 def hinge(scores: Tensor, alpha: float) -> Tensor:
@@ -20,19 +18,9 @@ def hinge(scores: Tensor, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def advance(
-    denoiser: Denoiser, x: Tensor, timesteps: Sequence[int], cond: Conditioning, schedule: Schedule, prediction_type: PredictionType
-) -> Tensor:
-    """Walk from ``timesteps[0]``, where ``x`` ``[b, c, h, w]`` is, to ``timesteps[-1]`` with DDIM, one network call a step; no gradient."""
+def advance(denoiser: Denoiser, x: Tensor, timesteps: Sequence[int], cond: Conditioning) -> Tensor:
+    """Walk from ``timesteps[0]``, where ``x`` ``[b, c, h, w]`` is, to ``timesteps[-1]`` with DDIM, one network call a step. No gradient."""
     for t, s in itertools.pairwise(timesteps):
         at = torch.full((len(x),), t, device=x.device)
-        x = jump(denoiser, x, at, torch.full_like(at, s), cond, schedule, prediction_type).to(x.dtype)
+        x = denoiser.jump(x, at, torch.full_like(at, s), cond).to(x.dtype)
     return x
-
-
-def predict_clean(
-    denoiser: Denoiser, x_t: Tensor, t: int, cond: Conditioning, schedule: Schedule, prediction_type: PredictionType
-) -> Tensor:
-    """``x0'``: the clean latents that the network sees in ``x_t`` ``[b, c, h, w]``; at least float32, with gradient."""
-    at = torch.full((len(x_t),), t, device=x_t.device)
-    return to_x0_eps(denoiser(x_t, at, cond), x_t, at, schedule, prediction_type)[0]

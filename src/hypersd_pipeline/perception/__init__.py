@@ -1,1 +1,1 @@
-"""Perceptual models: instance segmenters whose loss on a generated picture is feedback for the generator (paper eq. 14)."""
+"""Perceptual models: instance segmenters whose loss on a generated image is feedback for the generator (paper eq. 14)."""

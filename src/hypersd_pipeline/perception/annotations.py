@@ -1,4 +1,4 @@
-"""Pictures of the data set with their instance masks, fitted to the model's square as the latent cache fits the pictures."""
+"""Images of the data set with their instance masks, fitted to the model's square as the latent cache fits the images."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from hypersd_pipeline.data.cache_build import select_rows
+from hypersd_pipeline.data.coco import instance_fault
 from hypersd_pipeline.data.config import DataConfig, FolderSource
-from hypersd_pipeline.data.images import decode_image, fit
-from hypersd_pipeline.data.rows import Manifest, RawRow
+from hypersd_pipeline.data.images import fit, load_image
+from hypersd_pipeline.data.rows import Manifest, RawRow, Row
 from hypersd_pipeline.data.validate import read_splits
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.perception.protocol import Instances, LabelMap
 
 
 class AnnotatedSplit:
-    """One split's pictures and instances. Row numbers are those of the latent cache's split (after ``data.max_images``).
+    """One split's images and instances. Row numbers are those of the latent cache's split (after ``data.max_images``).
 
     Crowds, categories that the model does not know, and instances with fewer than ``min_area`` visible pixels are left out.
 
@@ -37,7 +38,7 @@ class AnnotatedSplit:
         if not manifest.splits.get(split):
             raise UserError(f"manifest: there is no split '{split}'; name it in data.source and run data_prep again.")
         self.rows = select_rows(manifest.splits[split], data)
-        self._annotations = _annotations(manifest, data, split, {row.image_id for row in self.rows})
+        self._annotations = _annotations(manifest, data, split, self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,11 +53,11 @@ class AnnotatedSplit:
 
     def image(self, index: int) -> Tensor:
         """float32 ``[3, resolution, resolution]`` in [0, 1]."""
-        pixels, _ = fit(decode_image(self.manifest.path(self.rows[index]).read_bytes()), self.resolution)
+        pixels, _ = fit(load_image(self.manifest.path(self.rows[index])), self.resolution)
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
     def instances(self, index: int) -> Instances:
-        """The row's instances, in the order of the annotations; on the CPU."""
+        """The row's instances, in the order of the annotations. On the CPU."""
         row, masks, labels = self.rows[index], [], []
         for annotation in self._annotations.get(row.image_id, ()):
             label = self.labels.label(annotation["category_id"])
@@ -75,21 +76,34 @@ class AnnotatedSplit:
         return torch.stack([self.image(i) for i in numbers]), [self.instances(i) for i in numbers]
 
 
-def _annotations(manifest: Manifest, data: DataConfig, split: str, wanted: set[str]) -> dict[str, list[dict[str, Any]]]:
-    """COCO annotations by image id."""
+def _annotations(manifest: Manifest, data: DataConfig, split: str, rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """COCO annotations by image id.
+
+    Raises:
+        UserError: there are none, all are crowds, or the file has changed since the rows were validated.
+    """
     cure = "masks come with kind: coco (instances), or with the embedded scenes"
     if isinstance(data.source, FolderSource):
-        raise UserError(f"data.source: a folder of pictures has no instance masks; {cure}.")
-    rows = read_splits(data.source, manifest.root)[split]
-    found = {row.image_id: list(row.instances) for row in rows if isinstance(row, RawRow) and row.image_id in wanted and row.instances}
+        raise UserError(f"data.source: a folder of images has no instance masks; {cure}.")
+    wanted = {row.image_id: row for row in rows}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for raw in read_splits(data.source, manifest.root)[split]:
+        if isinstance(raw, RawRow) and raw.instances and (row := wanted.get(raw.image_id)) is not None:
+            if fault := next((f for i in raw.instances if (f := instance_fault(i, row.width, row.height))), None):
+                raise UserError(
+                    f"{manifest.root}: {raw.label} of split '{split}' has changed since it was validated ({fault}); run data_prep again."
+                )
+            found[raw.image_id] = list(raw.instances)
     if not found:
         raise UserError(f"data.source: the split '{split}' has no instance masks; {cure}.")
+    if all(item.get("iscrowd") for items in found.values() for item in items):
+        raise UserError(f"data.source: all instance masks of the split '{split}' are crowds, which are not learned from; {cure}.")
     return found
 
 
 def category_labels(manifest: Manifest, data: DataConfig, split: str) -> LabelMap:
     """A class for each category that the split has instances of, in the order of their ids."""
-    annotations = _annotations(manifest, data, split, {row.image_id for row in manifest.splits.get(split, ())})
+    annotations = _annotations(manifest, data, split, manifest.splits.get(split, ()))
     ids = tuple(sorted({int(item["category_id"]) for items in annotations.values() for item in items}))
     return LabelMap(category_ids=ids, names=tuple(f"category {i}" for i in ids))
 

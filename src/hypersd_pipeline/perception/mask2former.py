@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from hypersd_pipeline.config import Sha256, Strict
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import check_sha256, hub_folder
 from hypersd_pipeline.models.dual_encoder import imagenet_normalise
-from hypersd_pipeline.perception.config import Mask2FormerConfig
+from hypersd_pipeline.models.tensors import check_finite, check_report
 from hypersd_pipeline.perception.protocol import COCO_CATEGORY_IDS, Instances, LabelMap, check_batch, pad_to_multiple
+from hypersd_pipeline.verdicts import remembered
 
 MAX_PER_IMAGE = 100
-_FILES = ("config.json", "model.safetensors")
+
+
+class Mask2FormerConfig(Strict):
+    """transformers' Mask2Former (arXiv 2112.01527).
+
+    Attributes:
+        weights: a local folder with ``config.json`` and ``model.safetensors``, or a hub id such as
+            ``facebook/mask2former-swin-tiny-coco-instance``.
+        revision: of the hub repository. sha256: of ``model.safetensors``, checked where given.
+        category_ids: as of `SoloConfig`.
+        score_threshold: predictions below are dropped.
+    """
+
+    kind: Literal["mask2former"]
+    weights: str
+    revision: str | None = None
+    sha256: Sha256 | None = None
+    category_ids: tuple[int, ...] | None = None
+    score_threshold: float = Field(default=0.05, ge=0, lt=1)
+
+    def files(self) -> list[Path]:
+        """Configuration and weights, found, fetched and checked. Raises UserError."""
+        names = ("config.json", "model.safetensors")
+        folder = Path(self.weights).expanduser()
+        if not folder.is_dir():
+            if folder.is_absolute() or self.weights.count("/") != 1 or self.weights.startswith("."):
+                raise UserError(f"weights: there is no folder {folder}; give one with {' and '.join(names)}, or a hub id.")
+            folder = hub_folder(self.weights, names, self.revision, "weights")
+        for path in (files := [folder / name for name in names]):
+            if not path.is_file():
+                raise UserError(f"{path} is missing; give a folder with {' and '.join(names)}.")
+        check_sha256(files[1], self.sha256)
+        return files
+
+    def check(self) -> None:
+        """Raises UserError for weights that are missing, damaged or of another network."""
+        check_mask2former(self)
+
+    def load(self, device: torch.device | str) -> Mask2Former:
+        """The model that the configuration names, in float32.
+
+        Raises:
+            UserError: the weights are missing, are of another network, or cannot be fetched.
+        """
+        return load_mask2former(self, device)
 
 
 class Mask2Former(nn.Module):
@@ -62,7 +109,7 @@ class Mask2Former(nn.Module):
         return [self._instances(c, m) for c, m in zip(classes, logits[..., :height, :width], strict=True)]
 
     def _instances(self, classes: Tensor, logits: Tensor) -> Instances:
-        """Of one picture: class probabilities ``[q, classes]``, mask logits ``[q, h, w]``."""
+        """Of one image: class probabilities ``[q, classes]``, mask logits ``[q, h, w]``."""
         scores, flat = classes.flatten().topk(min(MAX_PER_IMAGE, classes.numel()))
         query, label = flat // classes.shape[1], flat % classes.shape[1]
         masks = logits[query] > 0
@@ -73,16 +120,12 @@ class Mask2Former(nn.Module):
         return Instances(masks[order], label[order], scores[order])
 
 
-def load_mask2former(config: Mask2FormerConfig, device: torch.device | str = "cpu") -> Mask2Former:
-    """The model that the configuration names, in float32.
-
-    Raises:
-        UserError: the weights are missing, are of another network, or cannot be fetched.
-    """
+def load_mask2former(config: Mask2FormerConfig, device: torch.device | str) -> Mask2Former:
+    """See `Mask2FormerConfig.load`."""
     from transformers import Mask2FormerForUniversalSegmentation, logging
 
     logging.disable_progress_bar()  # a bar per opened file would drown the stages' own
-    folder = mask2former_files(config)[0].parent
+    folder = config.files()[0].parent
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         net, report = Mask2FormerForUniversalSegmentation.from_pretrained(folder, **options)
@@ -94,15 +137,28 @@ def load_mask2former(config: Mask2FormerConfig, device: torch.device | str = "cp
     return Mask2Former(net.float(), _labels(config, net.config), config.score_threshold).to(device)
 
 
-def mask2former_files(config: Mask2FormerConfig) -> list[Path]:
-    """Configuration and weights, found, fetched and checked. Raises UserError."""
-    folder = _folder(config)
-    if config.sha256 is not None:
-        with open(folder / _FILES[1], "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if not found.startswith(config.sha256):
-            raise UserError(f"{folder / _FILES[1]}: its sha256 is {found}, not {config.sha256}; fetch the file again, or correct sha256.")
-    return [folder / name for name in _FILES]
+def check_mask2former(config: Mask2FormerConfig) -> None:
+    """Raises UserError for weights that `load_mask2former` would refuse, or that are NaN. Weights that were good are not read again."""
+    from transformers import Mask2FormerForUniversalSegmentation, logging
+
+    files = config.files()
+    folder = files[0].parent
+
+    def check() -> bool:
+        logging.disable_progress_bar()
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        try:
+            net, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+                folder, **options, device_map="meta", ignore_mismatched_sizes=True
+            )
+        except Exception as error:  # whatever a file of another network makes transformers raise
+            raise UserError(f"{folder}: is no Mask2Former ({' '.join(str(error).split())[:160]}); correct weights.") from error
+        check_report(files[1], {**report, "unexpected_keys": ()}, "correct weights")
+        _labels(config, net.config)
+        check_finite(files[1])
+        return True
+
+    remembered("mask2former", files, config.model_dump(mode="json"), check)
 
 
 def _labels(config: Mask2FormerConfig, published: Any) -> LabelMap:
@@ -115,24 +171,3 @@ def _labels(config: Mask2FormerConfig, published: Any) -> LabelMap:
             f"{config.weights}: has {len(names)} classes, but there are {len(ids)} category_ids; give the category id of each class."
         )
     return LabelMap(category_ids=ids, names=names)
-
-
-def _folder(config: Mask2FormerConfig) -> Path:
-    """The local folder; a hub id is downloaded into the hub's cache first."""
-    folder = Path(config.weights).expanduser()
-    if not folder.is_dir():
-        if folder.is_absolute() or config.weights.count("/") != 1 or config.weights.startswith("."):
-            raise UserError(f"weights: there is no folder {folder}; give one with {' and '.join(_FILES)}, or a hub id.")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(config.weights, revision=config.revision, allow_patterns=list(_FILES)))
-        except Exception as error:  # offline, private, misspelt, unknown revision: huggingface_hub has a class for each, httpx some more
-            raise UserError(
-                f"weights: {config.weights} is no local folder and could not be fetched from the hub ({type(error).__name__}); "
-                "check the spelling, the network and HF_TOKEN, or give a local folder."
-            ) from error
-    for name in _FILES:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing; give a folder with {' and '.join(_FILES)}.")
-    return folder

@@ -1,7 +1,7 @@
 """Stand-in for mmcv's compiled operators where mmcv-lite is installed, which has none.
 
 mmdet imports ``mmcv.ops`` at import time, and each of its modules looks its operators up in ``mmcv._ext``. SOLO and SOLOv2 run none of
-them, so it is enough that the look-up succeeds; an operator that is run after all raises an error that says what is missing.
+them, so it is enough that the look-up succeeds. An operator that is run after all raises an error that says what is missing.
 """
 
 import importlib.machinery

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.perception import mmcv_stub
-from hypersd_pipeline.perception.config import SmallSoloConfig, Variant
+from hypersd_pipeline.perception.small_solo import SmallSoloConfig, Variant
 
 mmcv_stub.install()
 
@@ -82,7 +82,7 @@ def published_solo(variant: Variant, name: str | None) -> nn.Module:
     """A network as mmdet's own configuration builds it, uninitialised.
 
     Args:
-        name: in mmdet's ``configs``; None: ResNet-50 with FPN.
+        name: in mmdet's ``configs``. None: ResNet-50 with FPN.
 
     Raises:
         UserError: there is no such configuration, or it is of another network.

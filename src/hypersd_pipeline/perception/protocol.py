@@ -15,7 +15,7 @@ from hypersd_pipeline.config import Strict
 
 @dataclass(frozen=True)
 class Instances:
-    """The instances of one picture.
+    """The instances of one image.
 
     Attributes:
         masks: bool ``[n, h, w]``. labels: int64 ``[n]``, a model's own classes (`LabelMap`).
@@ -38,7 +38,7 @@ class LabelMap(Strict):
     """Which annotated categories a model knows, and as which of its classes.
 
     Attributes:
-        category_ids: COCO category id of each class, class 0 first; empty for a class-agnostic model, to which every instance is "object".
+        category_ids: COCO category id of each class, class 0 first. Empty for a class-agnostic model, to which every instance is "object".
         names: of the classes, for reports.
     """
 
@@ -49,13 +49,13 @@ class LabelMap(Strict):
         return len(self.names)
 
     def label(self, category_id: int) -> int | None:
-        """The class of a category; None where the model does not know it."""
+        """The class of a category. None where the model does not know it."""
         if not self.category_ids:
             return 0
         return self.category_ids.index(category_id) if category_id in self.category_ids else None
 
 
-# COCO2017's 80 categories of things have the ids 1 to 90 with these left out; models trained on it number them 0 to 79 in this order.
+# COCO2017's 80 categories of things have the ids 1 to 90 with these left out. Models trained on it number them 0 to 79 in this order.
 _COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in _COCO_UNUSED)
 
@@ -65,7 +65,7 @@ class PerceptualModel(Protocol):
 
     Attributes:
         name: for metric names and reports. labels: its classes.
-        size_divisor: pictures whose sides are no multiple of it are padded.
+        size_divisor: images whose sides are no multiple of it are padded.
     """
 
     name: str
@@ -90,12 +90,12 @@ class PerceptualModel(Protocol):
         ...
 
     def predict(self, images: Tensor) -> list[Instances]:
-        """Instances with scores, best first, for each of ``images`` float ``[b, 3, h, w]`` in [0, 1]; no gradient."""
+        """Instances with scores, best first, for each of ``images`` float ``[b, 3, h, w]`` in [0, 1]. No gradient."""
         ...
 
 
 def check_batch(images: Tensor, instances: Sequence[Instances]) -> None:
-    """Raises ValueError if masks or labels do not fit ``images`` ``[b, 3, h, w]``, one `Instances` a picture."""
+    """Raises ValueError if masks or labels do not fit ``images`` ``[b, 3, h, w]``, one `Instances` an image."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, not float [b, 3, h, w]")
     if len(instances) != len(images):
@@ -110,6 +110,6 @@ def check_batch(images: Tensor, instances: Sequence[Instances]) -> None:
 
 
 def pad_to_multiple(images: Tensor, divisor: int) -> Tensor:
-    """Zeros at the right and at the bottom, so that both sides are multiples of ``divisor``; the identity where they are."""
+    """Zeros at the right and at the bottom, so that both sides are multiples of ``divisor``. The identity where they are."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % divisor, 0, -height % divisor)) if height % divisor or width % divisor else images

@@ -2,35 +2,91 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from pydantic import model_validator
 from torch import Tensor, nn
 
+from hypersd_pipeline.config import Sha256, Strict
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.io.files import replacing_file
-from hypersd_pipeline.models.dual_encoder import imagenet_normalise, read_checked, resize_images, tensors_hash
-from hypersd_pipeline.perception.config import SmallSoloConfig, SoloConfig
+from hypersd_pipeline.files import address_file, check_sha256, tensors_sha256, write_tensors
+from hypersd_pipeline.models.dual_encoder import described, imagenet_normalise, read_checked, resize_images
+from hypersd_pipeline.models.tensors import check_finite, check_shapes
 from hypersd_pipeline.perception.protocol import COCO_CATEGORY_IDS, Instances, LabelMap, check_batch, pad_to_multiple
+from hypersd_pipeline.perception.small_solo import SmallSoloConfig, Variant
+from hypersd_pipeline.verdicts import remembered
 
 _FORMAT = "hypersd_pipeline.solo"
+
+
+class SoloConfig(Strict):
+    """mmdet's SOLO (arXiv 1912.04488) or SOLOv2 (arXiv 2003.10152).
+
+    Attributes:
+        variant: which of the two. None: what a ``.safetensors`` says, and of mmdet's checkpoints SOLO, the paper's.
+        weights: a ``.safetensors`` that ``kedro run --pipelines segmentation_model`` wrote, which says itself how its network is built. Or
+            a checkpoint of mmdet's (``.pth``), as a local file or an https address.
+        sha256: of the file, or its first digits, eight at least (OpenMMLab writes them into the file's name). Needed with an address,
+            checked wherever given.
+        mmdet_config: of a checkpoint of mmdet's, a name in mmdet's own ``configs``. None: ResNet-50 with FPN, as the paper has it.
+        category_ids: COCO category ids of the checkpoint's classes, class 0 first. None: COCO2017's 80.
+    """
+
+    kind: Literal["solo"]
+    variant: Variant | None = None
+    weights: str = "data/06_models/segmentation_model/model.safetensors"
+    sha256: Sha256 | None = None
+    mmdet_config: str | None = None
+    category_ids: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _address_with_hash(self) -> SoloConfig:
+        if self.weights.startswith("http://"):
+            raise ValueError("weights: give an https address or a local file")
+        if self.weights.startswith("https://") and self.sha256 is None:
+            raise ValueError("weights is an address, so sha256 (8 to 64 hexadecimal digits) of its file is needed")
+        return self
+
+    def files(self) -> list[Path]:
+        """The weights, found, fetched and checked. Raises UserError."""
+        path = address_file(self.weights, self.sha256, "weights") if self.weights.startswith("https://") else self._local_file()
+        check_sha256(path, self.sha256)
+        return [path]
+
+    def _local_file(self) -> Path:
+        path = Path(self.weights).expanduser()
+        if not path.is_file():
+            cure = "run 'kedro run --pipelines segmentation_model' first" if path.suffix == ".safetensors" else "download it there"
+            raise UserError(f"{path} is missing; {cure}, or correct weights.")
+        return path
+
+    def check(self) -> None:
+        """Raises UserError for weights that are missing, damaged or of another network."""
+        check_solo(self)
+
+    def load(self, device: torch.device | str) -> Solo:
+        """The SOLO that the configuration names, in float32.
+
+        Raises:
+            UserError: the weights are missing, are of another network, or would need code to be run to be read.
+        """
+        return load_solo(self, device)
 
 
 class Solo(nn.Module):
     """A `PerceptualModel` around mmdet's network, frozen.
 
-    SOLO's head returns other things in ``eval`` mode, so the loss is taken in ``train`` mode; GroupNorm makes that deterministic, and
+    SOLO's head returns other things in ``eval`` mode, so the loss is taken in ``train`` mode. GroupNorm makes that deterministic, and
     BatchNorm, which the published backbones have, always uses and never changes its stored statistics.
 
     Attributes:
         net: the network. labels: its classes.
-        input_size: pictures are resized to this square for the network; None: they are taken as they are.
+        input_size: images are resized to this square for the network. None: they are taken as they are.
     """
 
     size_divisor = 32
@@ -103,7 +159,7 @@ class Solo(nn.Module):
 
 
 def new_small_solo(config: SmallSoloConfig, labels: LabelMap, seed: int) -> Solo:
-    """A small SOLO with fresh weights; PyTorch's global generator is left as it was."""
+    """A small SOLO with fresh weights. PyTorch's global generator is left as it was."""
     from hypersd_pipeline.perception import mmdet_nets
 
     with torch.random.fork_rng(devices=[]):
@@ -119,10 +175,9 @@ def save_small_solo(model: Solo, config: SmallSoloConfig, path: Path, recipe: di
         "format": _FORMAT,
         "config": config.model_dump_json(),
         "labels": model.labels.model_dump_json(),
-        "sha256": tensors_hash(tensors),
+        "sha256": tensors_sha256(tensors),
     }
-    with replacing_file(path) as temporary:
-        save_file(tensors, temporary, metadata={**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
+    write_tensors(path, tensors, {**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
 
 
 def load_small_solo(path: Path) -> Solo:
@@ -138,59 +193,35 @@ def load_small_solo(path: Path) -> Solo:
         raise UserError(
             f"{path}: is no segmentation model of this project; run 'kedro run --pipelines segmentation_model', or correct weights."
         )
-    model = new_small_solo(
-        SmallSoloConfig.model_validate_json(metadata["config"]), LabelMap.model_validate_json(metadata["labels"]), seed=0
-    )
+    config, labels = described(path, metadata, "config", SmallSoloConfig), described(path, metadata, "labels", LabelMap)
+    model = new_small_solo(config, labels, seed=0)
+    found, expected = ({name: tuple(v.shape) for name, v in state.items()} for state in (tensors, model.net.state_dict()))
+    check_shapes(path, found, expected, "train it again with 'kedro run --pipelines segmentation_model'")
     model.net.load_state_dict(tensors)
     return model
 
 
-def load_solo(config: SoloConfig, device: torch.device | str = "cpu") -> Solo:
-    """The SOLO that the configuration names, in float32.
+def check_solo(config: SoloConfig) -> None:
+    """Raises UserError for weights that `load_solo` would refuse, or that are NaN. Weights that were good are not read again."""
+    (path,) = config.files()
 
-    Raises:
-        UserError: the weights are missing, are of another network, or would need code to be run to be read.
-    """
-    (path,) = solo_files(config)
+    def check() -> bool:
+        model = load_solo(config, "cpu")
+        check_finite(path, model.state_dict().items())
+        return True
+
+    remembered("solo", [path], config.model_dump(mode="json"), check)
+
+
+def load_solo(config: SoloConfig, device: torch.device | str) -> Solo:
+    """See `SoloConfig.load`."""
+    (path,) = config.files()
     if path.suffix == ".safetensors":
         model = load_small_solo(path)
         if config.variant is not None and model.name != f"small_{config.variant}":
             raise UserError(f"{path}: holds a {model.name.removeprefix('small_')}, not a {config.variant}; correct variant.")
         return model.to(device)
     return _load_published(config, path).to(device)
-
-
-def solo_files(config: SoloConfig) -> list[Path]:
-    """The weights, found, fetched and checked. Raises UserError."""
-    path = _local(config)
-    if config.sha256 is not None and not (found := _sha256(path)).startswith(config.sha256):
-        raise UserError(f"{path}: its sha256 is {found}, not {config.sha256}; fetch the file again, or correct sha256.")
-    return [path]
-
-
-def _local(config: SoloConfig) -> Path:
-    """The file; one at an address is downloaded into PyTorch's hub folder first."""
-    if not config.weights.startswith("https://"):
-        path = Path(config.weights).expanduser()
-        if not path.is_file():
-            cure = "run 'kedro run --pipelines segmentation_model' first" if path.suffix == ".safetensors" else "download it there"
-            raise UserError(f"{path} is missing; {cure}, or correct weights.")
-        return path
-    path = Path(torch.hub.get_dir()) / "checkpoints" / config.weights.rsplit("/", 1)[1]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(config.weights, str(path), hash_prefix=config.sha256)
-        except (OSError, RuntimeError) as error:  # no network, no such file; another hash
-            raise UserError(
-                f"weights: {config.weights} could not be fetched ({error}); check it and sha256, or give a local file."
-            ) from error
-    return path
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_published(config: SoloConfig, path: Path) -> Solo:

@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 class Reward(Protocol):
-    """A frozen, differentiable judge of pictures. Each implementation's docstring gives the range of its scores.
+    """A frozen, differentiable judge of images. Each implementation's docstring gives the range of its scores.
 
     Attributes:
-        name: for metric names and reports; equal to the configuration's ``kind``.
+        name: for metric names and reports. Equal to the configuration's ``kind``.
     """
 
     name: str
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores of pictures, higher is better.
+        """Scores of images, higher is better.
 
         Args:
             images: float ``[b, 3, h, w]``, meant to be in [0, 1]. What lies outside is scored as if clipped, and still gets gradient.
-            prompts: ``b`` of them; rewards of the picture alone ignore them.
+            prompts: ``b`` of them. Rewards of the image alone ignore them.
 
         Returns:
-            ``[b]``; gradients flow to ``images`` and to nothing else.
+            ``[b]``. Gradients flow to ``images`` and to nothing else.
         """
         ...
 
@@ -49,8 +49,8 @@ def straight_through_clamp(images: Tensor) -> Tensor:
     return _StraightThroughClamp.apply(images)  # type: ignore[no-untyped-call]
 
 
-def check_inputs(images: Tensor, prompts: Sequence[str]) -> None:
-    """Raises ValueError unless there are ``b`` float pictures ``[b, 3, h, w]`` and ``b`` prompts."""
+def check_images_and_prompts(images: Tensor, prompts: Sequence[str]) -> None:
+    """Raises ValueError unless there are ``b`` float images ``[b, 3, h, w]`` and ``b`` prompts."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"a reward needs float images [b, 3, h, w], got {images.dtype} {tuple(images.shape)}")
     if len(prompts) != len(images):

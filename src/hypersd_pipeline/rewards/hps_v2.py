@@ -1,4 +1,4 @@
-"""HPSv2: which of two pictures of a prompt would people prefer?"""
+"""HPSv2: which of two images of a prompt would people prefer?"""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hypersd_pipeline.config import Strict
-from hypersd_pipeline.rewards.base import check_inputs
-from hypersd_pipeline.rewards.open_clip_model import build_open_clip, check_open_clip, picture_side
+from hypersd_pipeline.rewards.base import check_images_and_prompts
+from hypersd_pipeline.rewards.open_clip_model import build_open_clip, check_open_clip, image_side, open_clip_shapes
 from hypersd_pipeline.rewards.preprocess import pad_preprocess
-from hypersd_pipeline.rewards.weights import Weights, find_weights
+from hypersd_pipeline.rewards.weights import Weights, check_weights
 
 
 class HpsV2Config(Strict):
@@ -30,11 +30,27 @@ class HpsV2Config(Strict):
 
     def files(self) -> list[Path]:
         """The weights, found, fetched and checked. Raises UserError."""
-        return [find_weights(self.weights, "hps_v2.weights")]
+        return [self.weights.find("hps_v2.weights")]
+
+    def check(self) -> None:
+        """Raises UserError for weights that are missing, damaged or of another network."""
+        check_open_clip(self.clip_model, "hps_v2.clip_model")
+        for path in self.files():
+            check_weights(path, self.clip_model, lambda: open_clip_shapes(self.clip_model, "hps_v2.clip_model"))
+
+    def load(self, device: torch.device | str) -> HpsV2:
+        """The model, frozen.
+
+        Raises:
+            UserError: the file is missing, has another sha256, or holds another architecture.
+        """
+        check_open_clip(self.clip_model, "hps_v2.clip_model")
+        (path,) = self.files()
+        return HpsV2(build_open_clip(self.clip_model, path, "hps_v2.clip_model")).to(device)
 
 
 class HpsV2(nn.Module):
-    """A hundred times the cosine of picture and prompt, as in the published tables: about 20 to 35 (their package's ``score`` returns the
+    """A hundred times the cosine of image and prompt, as in the published tables: about 20 to 35 (their package's ``score`` returns the
     cosine itself).
     """
 
@@ -49,19 +65,8 @@ class HpsV2(nn.Module):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Reward.score`."""
-        check_inputs(images, prompts)
-        picture = self.clip.encode_image(pad_preprocess(images, picture_side(self.clip.visual)), normalize=True)
+        check_images_and_prompts(images, prompts)
+        image = self.clip.encode_image(pad_preprocess(images, image_side(self.clip.visual)), normalize=True)
         with torch.no_grad():
             text = self.clip.encode_text(self.tokenizer(list(prompts)).to(images.device), normalize=True)
-        return 100 * (picture * text).sum(-1)
-
-
-def load_hps_v2(config: HpsV2Config, device: torch.device | str) -> HpsV2:
-    """The model, frozen.
-
-    Raises:
-        UserError: the file is missing, has another sha256, or holds another architecture.
-    """
-    check_open_clip(config.clip_model, "hps_v2.clip_model")
-    (path,) = config.files()
-    return HpsV2(build_open_clip(config.clip_model, path, "hps_v2.clip_model")).to(device)
+        return 100 * (image * text).sum(-1)

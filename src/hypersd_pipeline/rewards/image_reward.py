@@ -1,7 +1,7 @@
 """ImageReward v1.0 (arXiv 2304.05977): BLIP with a linear head, on transformers' BLIP modules.
 
 Architecture and names are the published ones (github.com/THUDM/ImageReward): BLIP's ViT-L/16 at 224 pixels, a BERT-base whose layers attend
-to the picture, and the head on the first token's last state. That token is BERT's ``[CLS]``: unlike BLIP's own matching head, ImageReward
+to the image, and the head on the first token's last state. That token is BERT's ``[CLS]``: unlike BLIP's own matching head, ImageReward
 leaves it in place and does not write BLIP's ``[ENC]`` over it.
 """
 
@@ -16,13 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hypersd_pipeline.config import Strict
+from hypersd_pipeline.config import Side, Strict, Width
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.dual_encoder import minilm_folder
-from hypersd_pipeline.rewards.base import check_inputs
+from hypersd_pipeline.models.tensors import shapes_of
+from hypersd_pipeline.rewards.base import check_images_and_prompts
 from hypersd_pipeline.rewards.predictor import PredictorHead
 from hypersd_pipeline.rewards.preprocess import crop_preprocess
-from hypersd_pipeline.rewards.weights import Weights, find_weights, load_strictly, read_tensors
+from hypersd_pipeline.rewards.weights import Weights, check_weights, load_strictly, read_tensors
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
@@ -59,19 +60,19 @@ IGNORED = (
 
 
 class BlipShape(Strict):
-    """Sizes of the network; the defaults are ImageReward v1.0's (its ``med_config.json``, and BLIP's ``vit: large``)."""
+    """Sizes of the network. The defaults are ImageReward v1.0's (its ``med_config.json``, and BLIP's ``vit: large``)."""
 
-    image_size: int = Field(default=224, ge=16)
-    patch_size: int = Field(default=16, ge=1)
-    vision_width: int = Field(default=1024, ge=1)
-    vision_layers: int = Field(default=24, ge=1)
-    vision_heads: int = Field(default=16, ge=1)
-    text_width: int = Field(default=768, ge=1)
-    text_layers: int = Field(default=12, ge=1)
-    text_heads: int = Field(default=12, ge=1)
-    text_hidden: int = Field(default=3072, ge=1)
-    vocabulary: int = Field(default=30524, ge=30522)
-    max_positions: int = Field(default=512, ge=MAX_TOKENS)
+    image_size: Side = 224
+    patch_size: Width = 16
+    vision_width: Width = 1024
+    vision_layers: Width = 24
+    vision_heads: Width = 16
+    text_width: Width = 768
+    text_layers: Width = 12
+    text_heads: Width = 12
+    text_hidden: Width = 3072
+    vocabulary: int = Field(default=30524, ge=30522, le=10**6)
+    max_positions: int = Field(default=512, ge=MAX_TOKENS, le=2**16)
 
 
 class ImageRewardConfig(Strict):
@@ -88,11 +89,33 @@ class ImageRewardConfig(Strict):
 
     def files(self) -> list[Path]:
         """The weights, found, fetched and checked. Raises UserError."""
-        return [find_weights(self.weights, "image_reward.weights")]
+        return [self.weights.find("image_reward.weights")]
+
+    def check(self) -> None:
+        """Raises UserError for weights that are missing, damaged or of another network."""
+        for path in self.files():
+            check_weights(
+                path,
+                self.shape.model_dump(),
+                lambda: shapes_of(lambda: ImageReward(self.shape)),
+                lambda tensors, path=path: from_published(tensors, path),  # type: ignore[misc]
+            )
+
+    def load(self, device: torch.device | str) -> ImageReward:
+        """The model, frozen. Every published tensor is accounted for.
+
+        Raises:
+            UserError: the file is missing, has another sha256, or holds another architecture.
+        """
+        (path,) = self.files()
+        tensors = from_published(read_tensors(path), path)
+        model = ImageReward(self.shape)
+        load_strictly(model, tensors, path)
+        return model.to(device)
 
 
 class ImageReward(nn.Module):
-    """About -2.3 to 2: standardised, so that 0 is the mean and 1 the deviation of the pictures it was calibrated on."""
+    """About -2.3 to 2: standardised, so that 0 is the mean and 1 the deviation of the images it was calibrated on."""
 
     name = "image_reward"
 
@@ -117,19 +140,17 @@ class ImageReward(nn.Module):
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Reward.score`; prompts are cut to 35 tokens."""
-        check_inputs(images, prompts)
+        """See `Reward.score`. Prompts are cut to 35 tokens."""
+        check_images_and_prompts(images, prompts)
         options = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
         tokens = self.tokenizer(list(prompts), **options).to(images.device)
-        picture = self.vision(pixel_values=crop_preprocess(images, self.image_size)).last_hidden_state
-        states = self.text(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=picture
-        ).last_hidden_state
+        image = self.vision(pixel_values=crop_preprocess(images, self.image_size)).last_hidden_state
+        states = self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=image).last_hidden_state
         return (self.mlp(states[:, 0]) - MEAN) / STD
 
 
 def from_published(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Published names to ours; `IGNORED` ones are left out.
+    """Published names to ours. `IGNORED` ones are left out.
 
     Raises:
         UserError: a name that is neither mapped nor ignored.
@@ -144,16 +165,3 @@ def from_published(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
     if unknown:
         raise UserError(f"{path}: {unknown[0]} (of {len(unknown)}) is no tensor of ImageReward v1.0; give its published ImageReward.pt.")
     return ours
-
-
-def load_image_reward(config: ImageRewardConfig, device: torch.device | str) -> ImageReward:
-    """The model, frozen; every published tensor is accounted for.
-
-    Raises:
-        UserError: the file is missing, has another sha256, or holds another architecture.
-    """
-    (path,) = config.files()
-    tensors = from_published(read_tensors(path), path)
-    model = ImageReward(config.shape)
-    load_strictly(model, tensors, path)
-    return model.to(device)

@@ -9,18 +9,18 @@ from pydantic import Field
 
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.rewards.base import Reward
-from hypersd_pipeline.rewards.hps_v2 import HpsV2Config, load_hps_v2
-from hypersd_pipeline.rewards.image_reward import ImageRewardConfig, load_image_reward
-from hypersd_pipeline.rewards.laion_aesthetic import LaionAestheticConfig, load_laion_aesthetic
-from hypersd_pipeline.rewards.pick_score import PickScoreConfig, load_pick_score
-from hypersd_pipeline.rewards.shipped_quality import ShippedQualityConfig, load_shipped_quality
-from hypersd_pipeline.rewards.text_image import TextImageConfig, load_text_image
+from hypersd_pipeline.rewards.hps_v2 import HpsV2Config
+from hypersd_pipeline.rewards.image_reward import ImageRewardConfig
+from hypersd_pipeline.rewards.laion_aesthetic import LaionAestheticConfig
+from hypersd_pipeline.rewards.pick_score import PickScoreConfig
+from hypersd_pipeline.rewards.shipped_quality import ShippedQualityConfig
+from hypersd_pipeline.rewards.text_image import TextImageConfig, TextImageReward
 
 RewardConfig = Annotated[
     LaionAestheticConfig | ImageRewardConfig | PickScoreConfig | HpsV2Config | ShippedQualityConfig | TextImageConfig,
     Field(discriminator="kind"),
 ]
-"""The configuration of any reward; ``kind`` tells which."""
+"""The configuration of any reward. ``kind`` tells which. Each has ``files() -> list[Path]`` and ``load(device) -> Reward``."""
 
 
 def load_reward(config: RewardConfig, device: torch.device | str = "cpu", *, to_train_on: bool = True) -> Reward:
@@ -32,19 +32,8 @@ def load_reward(config: RewardConfig, device: torch.device | str = "cpu", *, to_
     Raises:
         UserError: a file is missing, damaged, or of another architecture, or the held-out reward is to be trained on.
     """
-    match config:
-        case LaionAestheticConfig():
-            return load_laion_aesthetic(config, device)
-        case ImageRewardConfig():
-            return load_image_reward(config, device)
-        case PickScoreConfig():
-            return load_pick_score(config, device)
-        case HpsV2Config():
-            return load_hps_v2(config, device)
-        case ShippedQualityConfig():
-            return load_shipped_quality(config, device)
-        case TextImageConfig():
-            reward = load_text_image(config, device)
-            if to_train_on and reward.role == "held_out":
-                raise UserError(f"{config.weights}: is the held-out reward, which only reports; train on the file of text_image_reward.")
-            return reward
+    reward = config.load(device)
+    held_out = isinstance(reward, TextImageReward) and reward.role == "held_out"
+    if to_train_on and held_out and isinstance(config, TextImageConfig):
+        raise UserError(f"{config.weights}: is the held-out reward, which only reports; train on the file of text_image_reward.")
+    return reward

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.tensors import Shapes, shapes_of
 from hypersd_pipeline.rewards.weights import load_strictly, read_tensors
 
 
@@ -23,6 +24,17 @@ def check_open_clip(name: str, key: str) -> dict[str, Any]:
     return config
 
 
+def open_clip_shapes(name: str, key: str) -> Shapes:
+    """Names and shapes of the tensors of an architecture. Raises UserError as `check_open_clip`."""
+    from open_clip.model import CLIP
+
+    return shapes_of(lambda: CLIP(**_sizes(check_open_clip(name, key))))
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
+
+
 def build_open_clip(name: str, path: Path, key: str) -> Any:
     """The frozen ``open_clip.model.CLIP`` named ``name`` with the weights of ``path``, on the CPU.
 
@@ -33,12 +45,12 @@ def build_open_clip(name: str, path: Path, key: str) -> Any:
 
     config = check_open_clip(name, key)
     tensors = read_tensors(path)
-    model = CLIP(**{k: v for k, v in config.items() if k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")})
+    model = CLIP(**_sizes(config))
     load_strictly(model, tensors, path)
     return model.eval().requires_grad_(False)
 
 
-def picture_side(visual: Any) -> int:
+def image_side(visual: Any) -> int:
     """Pixels of the square that a vision tower sees."""
     size = visual.image_size
     return int(size[0] if isinstance(size, (tuple, list)) else size)

@@ -1,4 +1,4 @@
-"""CLIP's and BLIP's picture preprocessing on tensors, differentiable."""
+"""CLIP's and BLIP's image preprocessing on tensors, differentiable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, antialiased; what overshoots is clipped, as 8-bit pictures would."""
+    """Bicubic, antialiased. What overshoots is clipped, as 8-bit images would."""
     images = straight_through_clamp(images)
     if images.shape[-2:] == (height, width):
         return images
@@ -28,7 +28,7 @@ def crop_preprocess(images: Tensor, size: int) -> Tensor:
     """Shorter side to ``size`` (bicubic), centre square, CLIP's mean and deviation: torchvision's Resize, CenterCrop, Normalize.
 
     Args:
-        images: ``[b, 3, h, w]`` in [0, 1]; what lies outside is clipped straight-through.
+        images: ``[b, 3, h, w]`` in [0, 1]. What lies outside is clipped straight-through.
 
     Returns:
         ``[b, 3, size, size]``.

@@ -1,4 +1,4 @@
-"""The packaged image-quality head: how clean a picture looks."""
+"""The packaged image-quality head: how clean an image looks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.models.dual_encoder import DualEncoder, load_dual_encoder
-from hypersd_pipeline.models.quality_head import QualityHead, load_quality_head
-from hypersd_pipeline.rewards.base import check_inputs, straight_through_clamp
+from hypersd_pipeline.models.quality_head import QualityHead, check_quality_head, load_quality_head
+from hypersd_pipeline.rewards.base import check_images_and_prompts, straight_through_clamp
 
 
 class ShippedQualityConfig(Strict):
@@ -24,9 +24,22 @@ class ShippedQualityConfig(Strict):
         """None of the user's."""
         return []
 
+    def check(self) -> None:
+        """Raises UserError for a packaged file that is missing or damaged."""
+        check_quality_head()
+
+    def load(self, device: torch.device | str) -> ShippedQuality:
+        """The packaged head on the packaged dual encoder, frozen.
+
+        Raises:
+            UserError: a packaged file is missing or damaged.
+        """
+        encoder = load_dual_encoder().to(device)
+        return ShippedQuality(encoder, load_quality_head(encoder))
+
 
 class ShippedQuality(nn.Module):
-    """Mean 0 and deviation 1 on clean pictures of the embedded data, far below zero on broken ones; prompts are ignored."""
+    """Mean 0 and deviation 1 on clean images of the embedded data, far below zero on broken ones. Prompts are ignored."""
 
     name = "shipped_quality"
 
@@ -37,15 +50,5 @@ class ShippedQuality(nn.Module):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Reward.score`."""
-        check_inputs(images, prompts)
+        check_images_and_prompts(images, prompts)
         return self.head(self.encoder.encode_images(straight_through_clamp(images)))
-
-
-def load_shipped_quality(config: ShippedQualityConfig, device: torch.device | str) -> ShippedQuality:
-    """The packaged head on the packaged dual encoder, frozen.
-
-    Raises:
-        UserError: a packaged file is missing or damaged.
-    """
-    encoder = load_dual_encoder().to(device)
-    return ShippedQuality(encoder, load_quality_head(encoder))

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hypersd_pipeline.config import Strict
+from hypersd_pipeline.config import Strict, Width
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.dual_encoder import IMAGE_WIDTH, TEXT_WIDTH, DualEncoder, load_dual_encoder, read_checked, tensors_hash
-from hypersd_pipeline.rewards.base import check_inputs, straight_through_clamp
+from hypersd_pipeline.files import tensors_sha256, write_tensors
+from hypersd_pipeline.models.dual_encoder import (
+    IMAGE_WIDTH,
+    TEXT_WIDTH,
+    DualEncoder,
+    check_head,
+    described,
+    dual_encoder_key,
+    load_dual_encoder,
+    read_checked,
+)
+from hypersd_pipeline.rewards.base import check_images_and_prompts, straight_through_clamp
 
 Role = Literal["trained", "held_out"]
 FILE = "reward.safetensors"
@@ -26,19 +34,19 @@ class TextImageHeadConfig(Strict):
     """Shape of the head.
 
     Attributes:
-        inputs: ``embeddings``: the dual encoder's unit vectors; ``features``: the towers' own features, with projections of the head's own.
-        embed_dim: width of the space where picture and prompt are compared; with ``embeddings`` it must be the encoder's.
-        hidden: width of the two hidden layers; activation: between them.
+        inputs: ``embeddings``: the dual encoder's unit vectors. ``features``: the towers' own features, with projections of the head's own.
+        embed_dim: width of the space where image and prompt are compared. With ``embeddings`` it must be the encoder's.
+        hidden: width of the two hidden layers. activation: between them.
     """
 
     inputs: Literal["embeddings", "features"] = "embeddings"
-    embed_dim: int = Field(default=256, ge=1)
-    hidden: int = Field(default=128, ge=1)
+    embed_dim: Width = 256
+    hidden: Width = 128
     activation: Literal["gelu", "silu"] = "gelu"
 
 
 class TextImageHead(nn.Module):
-    """Picture and prompt vectors to scores: an MLP on both unit vectors and their product.
+    """Image and prompt vectors to scores: an MLP on both unit vectors and their product.
 
     With ``inputs: features`` both are standardised and projected first. The output is standardised after training (`standardise_`).
     """
@@ -72,7 +80,7 @@ class TextImageHead(nn.Module):
                 layer.bias.data.copy_(-layer.weight.data @ x.mean(0))
 
     def standardise_(self, mean: float, deviation: float) -> None:
-        """Fold ``(score - mean) / deviation`` into the last layer; ranks do not change."""
+        """Fold ``(score - mean) / deviation`` into the last layer. Ranks do not change."""
         last = self.layers[-1]
         assert isinstance(last, nn.Linear)
         last.weight.data.div_(deviation)
@@ -101,10 +109,42 @@ class TextImageConfig(Strict):
             )
         return [path]
 
+    def check(self) -> None:
+        """Raises UserError for a head that is missing, damaged, no text-image reward, or of another dual encoder."""
+        for path in self.files():
+            self.role_of(check_head(path, dual_encoder_key(), TextImageHeadConfig, TextImageHead))
+
+    def role_of(self, metadata: Mapping[str, str]) -> Role:
+        """What the head is for. Raises UserError where its metadata does not say."""
+        role = metadata.get("role")
+        if role not in ("trained", "held_out"):
+            raise UserError(f"{self.weights}: is no text-image reward; train one with 'kedro run --pipelines reward_models'.")
+        return "held_out" if role == "held_out" else "trained"
+
+    def role(self) -> Role:
+        """As `role_of`, of the file."""
+        return self.role_of(read_checked(self.files()[0])[1])
+
+    def load(self, device: torch.device | str) -> TextImageReward:
+        """A trained head on the packaged dual encoder, frozen.
+
+        Raises:
+            UserError: the file is missing or damaged, is no text-image reward, or was trained on another dual encoder.
+        """
+        (path,) = self.files()
+        tensors, metadata = read_checked(path)
+        role = self.role_of(metadata)
+        encoder = load_dual_encoder()
+        if metadata.get("dual_encoder") != tensors_sha256(encoder.trained_tensors()):
+            raise UserError(f"{path}: was trained on another dual encoder; train it again with 'kedro run --pipelines reward_models'.")
+        head = TextImageHead(described(path, metadata, "config", TextImageHeadConfig))
+        head.load_state_dict(tensors)
+        return TextImageReward(encoder, head, role).to(device)
+
 
 class TextImageReward(nn.Module):
-    """Mean 0 and deviation 1 on winners that it was not trained on (clean pictures with their own captions); broken pictures and wrong
-    captions lie below, to about -5. Pictures of the split ``train`` score higher, by about 0.7.
+    """Mean 0 and deviation 1 on winners that it was not trained on (clean images with their own captions). Broken images and wrong
+    captions lie below, to about -5. Images of the split ``train`` score higher, by about 0.7.
 
     Attributes:
         role: ``trained``, or ``held_out`` for the one that is reported and never trained on.
@@ -119,7 +159,7 @@ class TextImageReward(nn.Module):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Reward.score`."""
-        check_inputs(images, prompts)
+        check_images_and_prompts(images, prompts)
         features = self.encoder.image_features(straight_through_clamp(images))
         with torch.no_grad():
             text = self.encoder.text_features(list(prompts))
@@ -132,25 +172,7 @@ def save_text_image(head: TextImageHead, encoder: DualEncoder, role: Role, path:
     metadata = {
         "config": head.config.model_dump_json(),
         "role": role,
-        "dual_encoder": tensors_hash(encoder.trained_tensors()),
-        "sha256": tensors_hash(tensors),
+        "dual_encoder": tensors_sha256(encoder.trained_tensors()),
+        "sha256": tensors_sha256(tensors),
     }
-    save_file(tensors, path, metadata={**metadata, "recipe": json.dumps(recipe, sort_keys=True)})
-
-
-def load_text_image(config: TextImageConfig, device: torch.device | str) -> TextImageReward:
-    """A trained head on the packaged dual encoder, frozen.
-
-    Raises:
-        UserError: the file is missing or damaged, is no text-image reward, or was trained on another dual encoder.
-    """
-    (path,) = config.files()
-    tensors, metadata = read_checked(path)
-    if metadata.get("role") not in ("trained", "held_out"):
-        raise UserError(f"{path}: is no text-image reward; train one with 'kedro run --pipelines reward_models'.")
-    encoder = load_dual_encoder()
-    if metadata["dual_encoder"] != tensors_hash(encoder.trained_tensors()):
-        raise UserError(f"{path}: was trained on another dual encoder; train it again with 'kedro run --pipelines reward_models'.")
-    head = TextImageHead(TextImageHeadConfig.model_validate_json(metadata["config"]))
-    head.load_state_dict(tensors)
-    return TextImageReward(encoder, head, "held_out" if metadata["role"] == "held_out" else "trained").to(device)
+    write_tensors(path, tensors, {**metadata, "recipe": json.dumps(recipe, sort_keys=True)})

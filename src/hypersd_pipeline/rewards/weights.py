@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import find_weights
+from hypersd_pipeline.models.tensors import Shapes, check_finite, check_shapes, read_shapes
+from hypersd_pipeline.verdicts import remembered
 
 
 class Weights(Strict):
     """A file of weights: a local one, or one of a Hugging Face repository.
 
     Attributes:
-        path: a local file; it goes before ``repo``.
-        repo, file, revision: a file of a hub repository; kept in the hub's own cache.
-        sha256: of the file; checked where it is given.
+        path: a local file. It overrides ``repo``.
+        repo, file, revision: a file of a hub repository. Kept in the hub's own cache.
+        sha256: of the file. Checked where it is given.
     """
 
     path: Path | None = None
@@ -36,47 +39,17 @@ class Weights(Strict):
             raise ValueError("give a local path, or repo and file of the hub")
         return self
 
+    def find(self, key: str, beside: tuple[str, ...] = ()) -> Path:
+        """The local file, found, fetched and checked. See `find_weights`. Raises UserError."""
+        place = {"repo": self.repo, "file": self.file, "revision": self.revision, "sha256": self.sha256}
+        return find_weights(key, self.path, **place, beside=beside)
 
-def find_weights(weights: Weights, key: str, beside: tuple[str, ...] = ()) -> Path:
-    """The local file of some weights, checked; a hub file is downloaded first.
+
+def read_tensors(path: Path, *, lazily: bool = False) -> dict[str, Tensor]:
+    """Names and tensors of a ``.safetensors`` file, or of a PyTorch file of tensors only (a ``state_dict`` inside is taken out).
 
     Args:
-        key: the configuration key, for messages.
-        beside: names of further files that must lie in the same folder or repository.
-
-    Raises:
-        UserError: the file, or one beside it, is missing or cannot be fetched, or has another sha256.
-    """
-    if weights.path is not None:
-        path = weights.path.expanduser()
-        for file in (path, *(path.with_name(name) for name in beside)):
-            if not file.is_file():
-                raise UserError(f"{key}: {file} does not exist; put the file there, or name its place in {key}.path or {key}.repo.")
-    else:
-        path = [_download(weights, name, key) for name in (*beside, weights.file or "")][-1]
-    if weights.sha256 is not None:
-        with open(path, "rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-        if found != weights.sha256:
-            raise UserError(f"{key}: {path} has sha256 {found}, not {weights.sha256}; fetch the file again or correct {key}.sha256.")
-    return path
-
-
-def _download(weights: Weights, file: str, key: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    assert weights.repo is not None
-    try:
-        return Path(hf_hub_download(weights.repo, file, revision=weights.revision))
-    except Exception as error:  # offline, private, misspelt: huggingface_hub has a class for each, httpx some more
-        raise UserError(
-            f"{key}: {file} of {weights.repo} could not be fetched from the hub ({type(error).__name__}); check the spelling, the network "
-            f"and HF_TOKEN, or give a local file in {key}.path."
-        ) from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Names and tensors of a ``.safetensors`` file, or of a PyTorch file of tensors only (a ``state_dict`` inside is taken out).
+        lazily: leave the values of a PyTorch file on the disk until they are looked at.
 
     Raises:
         UserError: the file is damaged, or holds anything but tensors.
@@ -87,7 +60,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=(lazily and zipfile.is_zipfile(path)) or None)
     except Exception as error:  # safetensors and unpickling raise whatever they like
         raise UserError(f"{path}: cannot be read as tensors only ({type(error).__name__}); fetch the file again.") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
@@ -97,11 +70,41 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+def check_weights(
+    path: Path, options: Any, expected: Callable[[], Shapes], translate: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] = dict
+) -> None:
+    """Check names, shapes and values of a file of weights without loading it; a file that was good is not read again.
+
+    Args:
+        options: what ``expected`` depends on. expected: names and shapes of the network. translate: published names to the network's.
+
+    Raises:
+        UserError: the file is damaged, holds another network or a value that is NaN or infinite.
+    """
+
+    def check() -> bool:
+        tensors = _read_lazily(path)
+        found = translate(tensors)
+        check_shapes(path, {name: tuple(tensor.shape) for name, tensor in found.items()}, expected(), "give the published file")
+        check_finite(path, tensors.items())
+        return True
+
+    remembered("weights", [path], options, check)
+
+
+def _read_lazily(path: Path) -> dict[str, Tensor]:
+    """As `read_tensors`, with values that are read from the disk where they are looked at."""
+    if path.suffix != ".safetensors":
+        return read_tensors(path, lazily=True)
+    read_shapes(path)
+    return read_tensors(path)  # safetensors maps the file into memory
+
+
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Fill ``module`` with exactly these tensors.
 
     Raises:
-        UserError: a name is missing, unexpected, or has another shape; the first ones are named.
+        UserError: a name is missing, unexpected, or has another shape. The first ones are named.
     """
     own = module.state_dict()
     faults = [f"{name} is missing" for name in own if name not in tensors]

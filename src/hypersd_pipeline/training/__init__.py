@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints and its figures. Knows optimisers, knows no objective's formula."""
+"""The training loop, its checkpoints and its metrics. Knows optimisers, knows no objective's formula."""

@@ -2,67 +2,91 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import file_sha256, fingerprint, replacing_file, write_text
 
 log = logging.getLogger(__name__)
 
-
-def fingerprint(*parts: Any) -> str:
-    """A short hash of anything JSON can write: what a checkpoint must agree with to be continued."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+IDENTITY, PROGRESS = "identity.json", "progress.json"
+_DIGITS = 12  # of the content's sha256, in a checkpoint's name
 
 
-def content_hashes(files: Iterable[Path]) -> list[str]:
-    """sha256 of each file: what a training stands on may be written anew under the same name."""
-    hashes = []
-    for path in files:
-        with open(path, "rb") as content:
-            hashes.append(hashlib.file_digest(content, "sha256").hexdigest())
-    return hashes
+@dataclass(frozen=True)
+class Made:
+    """What a folder of checkpoints holds: the identity that they were made under, and the newest of them.
+
+    Attributes:
+        key: the folder's name. identity: see `Identity`. step: updates done. seconds: of training that it took.
+    """
+
+    key: str
+    identity: Mapping[str, Any]
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that trained weights depend on: configuration, teacher, data, judges, start. Anything that JSON can write.
+
+    Checkpoints are kept under its ``key``. The parts themselves are written beside them, so that a later run can say what is different.
+    """
+
+    parts: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """A short hash of the parts."""
+        return fingerprint(dict(self.parts))
 
 
 class CheckpointStore:
-    """The newest checkpoints of one training stage, in a folder per configuration (`key`).
+    """The newest checkpoints of one training stage, in a folder per identity (`Identity.key`).
 
     A changed configuration starts anew beside the old checkpoints: a short trial never destroys a long training, and going back to the old
-    configuration continues it.
+    configuration continues it. A checkpoint's name carries the hash of its content, so that a damaged one is seen and passed over.
 
     Args:
-        path: the stage's folder; created on the first save.
+        path: the stage's folder. Created on the first save.
         keep: how many checkpoints of a key stay.
+        restart: even a long training under another key may be left behind without asking (see `training.resume`).
     """
 
-    def __init__(self, path: Path | str, keep: int = 2) -> None:
-        self.path = Path(path)
-        self.keep = keep
+    def __init__(self, path: Path | str, keep: int = 2, restart: bool = False) -> None:
+        self.path, self.keep, self.restart = Path(path), keep, restart
 
     def _files(self, key: str) -> list[Path]:
-        return sorted((self.path / key).glob("step-*.pt"))
+        return sorted((self.path / key).glob("step-*.pt"), key=lambda file: (_step_of(file), file.stat().st_mtime_ns))
 
-    def save(self, step: int, key: str, state: dict[str, Any]) -> None:
+    def save(self, step: int, key: str, state: dict[str, Any], identity: Identity | None = None) -> None:
         """Write atomically: a kill in the middle leaves the previous checkpoint."""
-        target = self.path / key / f"step-{step:08d}.pt"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(".tmp")
-        torch.save({"step": step, "key": key, "state": state}, temporary)
-        os.replace(temporary, target)
+        folder = self.path / key
+        unnamed = folder / "unnamed"
+        with replacing_file(unnamed) as temporary, open(temporary, "wb") as file:  # a path's name would become part of the content
+            torch.save({"step": step, "key": key, "state": state}, file)
+        if identity is not None and not (folder / IDENTITY).exists():
+            write_text(folder / IDENTITY, json.dumps(dict(identity.parts), indent=1, sort_keys=True, default=str) + "\n")
+        target = folder / f"step-{step:08d}-{file_sha256(unnamed)[:_DIGITS]}.pt"
+        unnamed.replace(target)
+        write_text(folder / PROGRESS, json.dumps({"step": step, "seconds": state.get("seconds", 0.0)}) + "\n")
+        for old in (file for file in self._files(key) if _step_of(file) == step and file != target):  # before a rollback
+            old.unlink()
         for old in self._files(key)[: -self.keep]:
             old.unlink()
 
     def discard_after(self, key: str, step: int) -> None:
         """Delete the key's checkpoints of later steps."""
         for file in self._files(key):
-            if int(file.stem.removeprefix("step-")) > step:
+            if _step_of(file) > step:
                 file.unlink()
 
     def load(
@@ -70,23 +94,56 @@ class CheckpointStore:
     ) -> tuple[int, dict[str, Any]] | None:
         """The newest readable checkpoint made under ``key`` that ``accept`` takes: ``(step, state)``, or None.
 
-        An unreadable file is passed over for the one before it.
+        A damaged file is passed over for the one before it. ``accept`` may raise for a state of another form, which counts as damage.
 
         Raises:
-            UserError: every checkpoint of the key is unreadable.
+            UserError: every checkpoint of the key is damaged.
         """
-        files, unreadable = self._files(key), 0
+        files, damaged = self._files(key), 0
         for file in reversed(files):
             try:
-                data = torch.load(file, map_location=map_location, weights_only=True)
-            except Exception as error:
-                log.warning("%s: unreadable checkpoint passed over (%s)", file, type(error).__name__)
-                unreadable += 1
+                step, state = _read(file, map_location)
+                accepted = accept(state)
+            except Exception as error:  # unpickling raises whatever the bytes provoke
+                log.warning("%s: damaged checkpoint passed over (%s)", file, _reason(error))
+                damaged += 1
                 continue
-            if accept(data["state"]):
-                return data["step"], data["state"]
-        if files and unreadable == len(files):
+            if accepted:
+                return step, state
+        if files and damaged == len(files):
             raise UserError(
                 f"{self.path / key}: none of its {len(files)} checkpoints can be read; delete the folder to start the stage anew."
             )
         return None
+
+    def others(self, key: str) -> Iterator[Made]:
+        """What was trained under other keys, the most updates first. Folders without a readable identity are left out."""
+        found = []
+        for folder in self.path.iterdir() if self.path.is_dir() else ():
+            files = self._files(folder.name)
+            if folder.name == key or not files:
+                continue
+            try:
+                identity, progress = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (IDENTITY, PROGRESS))
+                found.append(Made(folder.name, identity, _step_of(files[-1]), float(progress["seconds"])))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        yield from sorted(found, key=lambda made: made.step, reverse=True)
+
+
+def _step_of(file: Path) -> int:
+    return int(file.stem.split("-")[1])
+
+
+def _read(file: Path, map_location: str | torch.device) -> tuple[int, dict[str, Any]]:
+    _, _, digest = file.stem.partition("-")[2].partition("-")
+    if digest and not file_sha256(file).startswith(digest):
+        raise ValueError("its content has another hash than its name says")
+    data = torch.load(file, map_location=map_location, weights_only=True)
+    if not isinstance(data, dict) or not isinstance(data.get("step"), int) or not isinstance(data.get("state"), dict):
+        raise ValueError("it has another form")
+    return data["step"], data["state"]
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) and str(error).startswith("it") else type(error).__name__

@@ -1,4 +1,4 @@
-"""What a step costs, in forward passes of the UNet at the training batch ("F"), measured in the same run."""
+"""What a step costs, in forward passes of the network at the training batch ("F"), measured in the same run."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ import torch
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.models.adapters import AdaptedUNet
-from hypersd_pipeline.models.discriminator import encode_to_mid
-from hypersd_pipeline.training.distillation import StageConfig
-from hypersd_pipeline.training.distribution import MatchingConfig
-from hypersd_pipeline.training.loop import LoopConfig
+from hypersd_pipeline.models.adapters import AdaptedBackbone
+from hypersd_pipeline.training.config import StageConfig
+from hypersd_pipeline.training.terms import AdversarialConfig, Cost, RegressionConfig
 
 
 @torch.no_grad()
 def measure_forward(
-    adapters: AdaptedUNet, x: Tensor, cond: Conditioning, autocast: Callable[[], AbstractContextManager[object]], repeats: int = 3
+    adapters: AdaptedBackbone, x: Tensor, cond: Conditioning, autocast: Callable[[], AbstractContextManager[object]], repeats: int = 3
 ) -> dict[str, float]:
-    """Median seconds of one forward pass of the base UNet on ``x``, and the share of it that the encoder and mid block take.
+    """Median seconds of one forward pass of the base network on ``x``, and the share of it that the encoder takes.
 
     Returns:
         ``unet_forward_seconds`` and ``encoder_share``.
     """
     t = torch.full((len(x),), 500, device=x.device)
-    x, cond = x.to(adapters.dtype), cond.to(dtype=adapters.dtype)
 
     def median(call: Callable[[], object]) -> float:
         seconds = []
@@ -41,8 +38,8 @@ def measure_forward(
         return sorted(seconds[1:])[repeats // 2]
 
     adapters.use(None)
-    whole = median(lambda: adapters.unet(x, t, **cond.unet_kwargs(), return_dict=False))
-    return {"unet_forward_seconds": whole, "encoder_share": median(lambda: encode_to_mid(adapters.unet, x, t, cond)) / whole}
+    whole = median(lambda: adapters.backbone(x, t, cond))
+    return {"unet_forward_seconds": whole, "encoder_share": median(lambda: adapters.backbone.features(x, t, cond)) / whole}
 
 
 def _wait(device: torch.device) -> None:
@@ -50,71 +47,48 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ideal_forwards(config: StageConfig, encoder_share: float) -> float:
-    """Forward equivalents of one update of a stage without any overhead.
-
-    Teacher 2 (one batched call with both halves of the guidance) or 1 (``previous_stage``), target 1, student 2 (a backward pass through
-    LoRAs costs about one forward). The adversarial term adds encoder passes: forward of target, prediction and ``x_t``, the last of which
-    the base model's solver step gives away where the encoder is frozen; one back to the prediction; and one back for each of them where the
-    encoder is trained. Gradient checkpointing adds one for whatever is recomputed.
-    """
-    solver = 2.0 if config.teacher == "base" else 1.0
-    target = {"ema": 1.0, "student": 1.0, "solver": solver * _further_solver_steps(config)}[config.target]
-    again = 1.0 if config.gradient_checkpointing else 0.0
-    encoder = 0.0
-    if config.adversarial.weight:
-        trained = config.adversarial.encoder == "adapter"
-        points = 3.0 if config.adversarial.pair and (trained or config.teacher != "base") else 2.0
-        back = 1.0 + (points if trained else 0.0)
-        encoder = points + back + again * back
-    return solver + target + 2.0 + again + encoder * encoder_share
-
-
-def _further_solver_steps(config: StageConfig) -> float:
-    """Steps after the first that a batch takes until its last sample has arrived (progressive distillation)."""
-    return config.solver_points / config.segments - 1
-
-
-def matching_forwards(
-    config: MatchingConfig, batch: int, encoder_share: float, *, adversarial: bool, full: bool, again: bool = False, passes: int = 1
-) -> float:
-    """Forward equivalents of one pass of a one-step stage without any overhead.
-
-    Student 2 (3 where all its weights are trained); real score 2, fake score 1, critic 2 for each of its updates (at least once a pass), on
-    the samples that are matched; the consistency loss 5 of its own, smaller batch; the adversary's encoder two forward and one back.
-    Gradient checkpointing (``again``) adds one for whatever is recomputed. Decoding for rewards is not counted.
+def ideal_forwards(config: StageConfig, encoder_share: float, *, full: bool = False) -> float:
+    """Forward equivalents of one pass of a stage without any overhead: the student's, and what each term adds.
 
     Args:
-        batch: samples a pass. passes: of an update.
+        encoder_share: of a forward pass that the encoder takes. full: all weights of the student are trained.
     """
-    more = 1.0 if again else 0.0
-    student = (3.0 if full else 2.0) + more
-    scores = 3.0 + (2.0 + more) * max(1.0, config.critic.updates / passes) if config.matching_weight else 0.0
-    scores *= min(config.matching_batch or batch, batch) / batch
-    kept = (5.0 + more) * config.consistency_batch / batch if config.consistency_weight and not full else 0.0
-    return student + scores + kept + ((3.0 + more) * encoder_share if adversarial else 0.0)
+    passes = config.loop.accumulate
+    again = 1.0 if config.gradient_checkpointing else 0.0
+    cost = Cost(config.loop.batch_size // passes, passes, encoder_share, again, full)
+    terms = config.active().values()
+    places = [config.place_of(term) for term in terms]
+    total = cost.student + _walked(config) if "sample" in places else 0.0
+    for term, place in zip(terms, places, strict=True):
+        if isinstance(term, AdversarialConfig):
+            consistency = config.consistency if place == "trajectory" else None
+            free = consistency is not None and consistency.teacher == "base"
+            samples = cost.batch if consistency is None else consistency.batch or cost.batch
+            total += encoder_share * term.encoder_passes(cost, features_are_free=free) * samples / cost.batch
+        else:
+            total += term.forwards(cost)
+    return total
 
 
-def with_cost(report: Mapping[str, float], config: StageConfig) -> dict[str, float]:
+def _walked(config: StageConfig) -> float:
+    """Forward passes without gradient before the step with gradient, in the mean."""
+    sample = config.sample
+    return sample.steps - 1 - (min(sample.gradient_steps, sample.steps) - 1) / 2
+
+
+def prepared_forwards(config: StageConfig, batch: int) -> float:
+    """Forward passes, on ``batch`` images, of what is made before the training: the pairs of a regression."""
+    regression = config.one(RegressionConfig)
+    if regression is None:
+        return 0.0
+    pairs = regression.pairs
+    return pairs.count / batch * pairs.steps * (2 if pairs.source == "teacher" else 1)
+
+
+def with_cost(report: Mapping[str, float], config: StageConfig, *, full: bool = False) -> dict[str, float]:
     """The report with ``step_forwards`` (measured), ``ideal_forwards`` and ``step_over_ideal`` added, where the stage has trained steps."""
-    return _costed(report, lambda share: ideal_forwards(config, share), config.loop.accumulate)
-
-
-def with_matching_cost(
-    report: Mapping[str, float], config: MatchingConfig, loop: LoopConfig, *, adversarial: bool, full: bool, again: bool
-) -> dict[str, float]:
-    """`with_cost` for a one-step stage."""
-    batch = loop.batch_size // loop.accumulate
-    return _costed(
-        report,
-        lambda share: matching_forwards(config, batch, share, adversarial=adversarial, full=full, again=again, passes=loop.accumulate),
-        loop.accumulate,
-    )
-
-
-def _costed(report: Mapping[str, float], ideal_of: Callable[[float], float], accumulate: int) -> dict[str, float]:
     if "mean_step_seconds" not in report:
         return dict(report)
-    ideal = ideal_of(report["encoder_share"])
-    forwards = report["mean_step_seconds"] / (report["unet_forward_seconds"] * accumulate)
+    ideal = ideal_forwards(config, report["encoder_share"], full=full)
+    forwards = report["mean_step_seconds"] / (report["unet_forward_seconds"] * config.loop.accumulate)
     return {**report, "step_forwards": forwards, "ideal_forwards": ideal, "step_over_ideal": forwards / ideal}

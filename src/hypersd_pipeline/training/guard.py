@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hypersd_pipeline.config import Strict
+from hypersd_pipeline.config import Count, Strict, Weight
 
 log = logging.getLogger(__name__)
 
@@ -18,40 +18,42 @@ TRAINED, HELD_OUT = "trained_reward", "held_out_reward"
 
 
 class GuardConfig(Strict):
-    """When to look, and when to stop.
+    """When to measure, and when to stop.
 
     Attributes:
-        every: updates between two looks.
-        prompts: pictures that are drawn for a look; variants: of how many of the prompts' pictures the diversity is taken, at least 2.
+        every: updates between two measurements.
+        prompts: images that are sampled for a measurement. variants: images of a prompt that the diversity is taken of, at least 2.
         tolerance: by how much the held-out reward may lie below its start.
-        patience: looks in a row with the held-out reward below that and the trained rewards above their start, after which training ends.
+        patience: measurements in a row with the held-out reward below that and the trained rewards above their start, after which training
+            ends.
     """
 
-    every: int = Field(default=10, ge=1)
-    prompts: int = Field(default=32, ge=2)
-    variants: int = Field(default=3, ge=2)
-    tolerance: float = Field(default=0.0, ge=0)
-    patience: int = Field(default=2, ge=1)
+    every: Count
+    prompts: int = Field(ge=2, le=10**6)
+    variants: int = Field(default=3, ge=2, le=1000)
+    tolerance: Weight = 0.0
+    patience: Count = 2
 
 
 class Guard:
-    """Asked by the loop before each update; its history and the last good weights are part of the checkpoint.
+    """Asked by the loop before each update. Its history and the last good weights are part of the checkpoint.
 
     Args:
-        look: draws and scores; has at least ``trained_reward`` (their mean) and ``held_out_reward``.
-        parameters: what is trained; brought back to the last good look when training is ended.
-        last: the stage's last step, at which there is a look too.
+        measure: samples and scores. Gives at least ``trained_reward`` (their mean) and ``held_out_reward``.
+        parameters: what is trained. Brought back to the last good measurement when training is ended.
+        metrics: where measurements are logged.
+        last: the stage's last step, at which there is a measurement too.
     """
 
     def __init__(
         self,
         config: GuardConfig,
-        look: Callable[[], dict[str, float]],
+        measure: Callable[[], dict[str, float]],
         parameters: list[torch.nn.Parameter],
         metrics: Callable[[dict[str, float], int], None],
         last: int,
     ) -> None:
-        self.config, self.look, self.parameters, self.metrics, self.last = config, look, parameters, metrics, last
+        self.config, self.measure, self.parameters, self.metrics, self.last = config, measure, parameters, metrics, last
         self.history: list[dict[str, float]] = []
         self.good: list[Tensor] = [p.detach().clone() for p in parameters]
 
@@ -60,7 +62,7 @@ class Guard:
         if self.hacked:
             return True
         if (step % self.config.every == 0 or step == self.last) and (not self.history or self.history[-1]["step"] < step):
-            values = self.look()
+            values = self.measure()
             self.history.append({**values, "step": float(step)})
             self.metrics({f"guard/{name}": value for name, value in values.items()}, step)
             if not self._suspicious(self.history[-1]):
@@ -71,25 +73,25 @@ class Guard:
 
     @property
     def hacked(self) -> bool:
-        """Whether the last ``patience`` looks were all suspicious."""
+        """Whether the last ``patience`` measurements were all suspicious."""
         last = self.history[-self.config.patience :]
-        return len(last) == self.config.patience and all(self._suspicious(look) for look in last)
+        return len(last) == self.config.patience and all(self._suspicious(values) for values in last)
 
-    def _suspicious(self, look: Mapping[str, float]) -> bool:
+    def _suspicious(self, values: Mapping[str, float]) -> bool:
         start = self.history[0]
-        return look[HELD_OUT] < start[HELD_OUT] - self.config.tolerance and look[TRAINED] > start[TRAINED]
+        return values[HELD_OUT] < start[HELD_OUT] - self.config.tolerance and values[TRAINED] > start[TRAINED]
 
     def _end(self, step: int) -> None:
         for parameter, good in zip(self.parameters, self.good, strict=True):
             parameter.data.copy_(good)
         log.warning(
             "Step %d: the held-out reward has fallen from %.3f to %.3f while the trained ones rose from %.3f to %.3f: training ends, with "
-            "the weights of the last look before. Lower the rewards' weights or raise anchor_weight.",
+            "the weights of the last good measurement. Lower the rewards' weights or raise the anchor's.",
             step, self.history[0][HELD_OUT], self.history[-1][HELD_OUT], self.history[0][TRAINED], self.history[-1][TRAINED],
         )  # fmt: skip
 
-    def figures(self) -> dict[str, float]:
-        """The first and the last look, and whether training was ended."""
+    def metrics_of_ends(self) -> dict[str, float]:
+        """The first and the last measurement, and whether training was ended."""
         first = {f"before/{k}": v for k, v in self.history[0].items() if k != "step"}
         last = {f"after/{k}": v for k, v in self.history[-1].items() if k != "step"}
         return {**first, **last, "ended_by_guard": float(self.hacked)}
@@ -100,5 +102,5 @@ class Guard:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.history = [dict(look) for look in state_dict["history"]]
+        self.history = [dict(values) for values in state_dict["history"]]
         self.good = [saved.to(p) for saved, p in zip(state_dict["good"], self.parameters, strict=True)]

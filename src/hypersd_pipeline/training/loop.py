@@ -22,13 +22,14 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hypersd_pipeline.config import Strict
-from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.config import Count, Decay, Rate, Seed, Strict
+from hypersd_pipeline.training.checkpoints import CheckpointStore, Identity
+from hypersd_pipeline.training.resume import check_restart, continuation
 
 log = logging.getLogger(__name__)
 
-MetricStream = Callable[[dict[str, float], int], None]
-"""``log(metrics, step)``: where live figures go."""
+MetricSink = Callable[[dict[str, float], int], None]
+"""``log(metrics, step)``: where live metrics go."""
 
 
 class Stateful(Protocol):
@@ -49,30 +50,32 @@ class LoopConfig(Strict):
             UNet) or ``adamw_8bit`` (bitsandbytes', which must be installed; GPU only).
         max_grad_norm: clipping. betas, weight_decay: AdamW's.
         mixed_precision: ``no`` or ``bf16`` (autocast; LoRA gradients in fp16 would need loss scaling, so it is not offered).
-        conv_precision: how a CPU with bf16 instructions multiplies inside float32 convolutions; everything around them stays float32.
+        conv_precision: how a CPU with bf16 instructions multiplies inside float32 convolutions. Everything around them stays float32.
         log_every, checkpoint_every: in updates.
         seed: of every random draw of the stage.
+        new_rate_from_here: continue from a checkpoint that was made with another learning rate, schedule or warm-up.
         max_bad_steps, max_rollbacks: after so many non-finite steps in a row the stage goes back to its last good checkpoint with half the
-            learning rates; after so many returns it gives up.
+            learning rates. After so many returns it gives up.
     """
 
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    accumulate: int = Field(default=1, ge=1)
-    learning_rate: float = Field(gt=0)
+    steps: Count
+    batch_size: Count
+    accumulate: Count = 1
+    learning_rate: Rate
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=10**9)
     optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
     mixed_precision: Literal["no", "bf16"] = "no"
     conv_precision: Literal["fp32", "bf16"] = "fp32"
-    log_every: int = Field(default=10, ge=1)
-    checkpoint_every: int = Field(default=100, ge=1)
-    seed: int = 0
-    max_bad_steps: int = Field(default=10, ge=1)
-    max_rollbacks: int = Field(default=2, ge=0)
+    log_every: Count = 10
+    checkpoint_every: Count = 100
+    seed: Seed = 0
+    new_rate_from_here: bool = False
+    max_bad_steps: Count = 10
+    max_rollbacks: int = Field(default=2, ge=0, le=1000)
 
     @field_validator("optimizer")
     @classmethod
@@ -89,15 +92,17 @@ class LoopConfig(Strict):
 
     def identity(self) -> dict[str, Any]:
         """What the trained weights depend on: a checkpoint stays good when only the logging changes."""
-        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_every", "max_bad_steps", "max_rollbacks"})
+        return self.model_dump(
+            mode="json", exclude={"log_every", "checkpoint_every", "max_bad_steps", "max_rollbacks", "new_rate_from_here"}
+        )
 
 
 class TrainingStopped(RuntimeError):
-    """The stage was interrupted or gave up; its last checkpoint is on disk."""
+    """The stage was interrupted or gave up. Its last checkpoint is on disk."""
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
-    """Device, autocast and convolution precision of a stage; both are kept per process, while each of our stages has its own."""
+    """Device, autocast and convolution precision of a stage. Both are kept per process, while each of our stages has its own."""
     AcceleratorState._reset_state()
     _set_convolutions("bf16" if config.conv_precision == "bf16" else "ieee")
     return Accelerator(mixed_precision=config.mixed_precision)
@@ -141,7 +146,7 @@ def learning_rate_at(step: int, config: LoopConfig) -> float:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MB: on CUDA of the stage's allocations; on the CPU of the process so far, other stages included."""
+    """Peak memory in MB: on CUDA of the stage's allocations. On the CPU of the process so far, other stages included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -170,9 +175,9 @@ def train(
     loss_fn: Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]],
     config: LoopConfig,
     state: Mapping[str, Stateful],
-    key: str,
+    key: str | Identity,
     checkpoints: CheckpointStore,
-    metrics: MetricStream,
+    metrics: MetricSink,
     accelerator: Accelerator,
     after_update: Callable[[], None] = lambda: None,
     companions: Mapping[str, torch.optim.Optimizer] | None = None,
@@ -182,25 +187,29 @@ def train(
 ) -> dict[str, float]:
     """Run ``config.steps`` updates, continuing from the newest checkpoint made under ``key``.
 
+    Where there is none, a training whose identity differs only in what may change is continued (see `training.resume`). Otherwise the
+    stage starts anew and says what is different.
+
     A step with a non-finite loss or gradient is skipped, counted and logged. After ``max_bad_steps`` of them in a row training goes back
     to its last good checkpoint with half the learning rates, the companions' too, and other random draws, ``max_rollbacks`` times at most.
 
     Args:
         name: shown in the progress bar.
         parameters: what the optimiser trains.
-        loss_fn: draws its batch from the generator and returns ``(loss, detached scalars to log)``; called ``accumulate`` times an update.
+        loss_fn: draws its batch from the generator and returns ``(loss, detached scalars to log)``. Called ``accumulate`` times an update.
         state: everything besides the optimisers and the generator that a checkpoint must hold.
+        key: what the weights depend on. With an `Identity` a later run can say what has changed.
         after_update: called after each applied update (EMA).
         companions: optimisers of opponents (a discriminator), whose gradients ``loss_fn`` leaves in their parameters. They step with the
             main one: all of them, or none when any gradient is not finite.
         watch: called with the logged values and the step, for alarms.
-        constants: figures that are known before the training and belong into its report.
-        finished: asked with the number of updates done, before each one and after the last, whether to end here; what it remembers belongs
+        constants: metrics that are known before the training and belong into its report.
+        finished: asked with the number of updates done, before each one and after the last, whether to end here. What it remembers belongs
             into ``state``.
 
     Returns:
         ``mean_images_per_second``, ``mean_step_seconds`` (of the last process that trained), ``peak_memory_mb``, ``final_loss``,
-        ``total_skipped_steps``, ``total_rollbacks`` and ``constants``; for a stage that was finished before, what it had then.
+        ``total_skipped_steps``, ``total_rollbacks`` and ``constants``. For a stage that was finished before, what it had then.
 
     Raises:
         TrainingStopped: interrupted (the checkpoint of the last finished step is saved), or non-finite once more after the last rollback.
@@ -230,13 +239,13 @@ def train(
                 meter.rewind(step)
             due = step % config.checkpoint_every == 0 and run.bad == 0  # what is saved on schedule is good: there it goes back to
             if due or stop_asked():
-                run.save(step, meter.figures())
+                run.save(step, meter.summary())
             if stop_asked():
                 raise TrainingStopped(f"{name}: interrupted after step {step}; run the same command to continue.")
         if run.saved != step or meter.done > meter.start:  # once more after `finished` has had its last word
-            run.save(step, meter.figures())
+            run.save(step, meter.summary() if meter.done > meter.start else run.report)
     meter.bar.close()
-    return run.figures
+    return run.report
 
 
 class _Run:
@@ -248,21 +257,23 @@ class _Run:
         config: LoopConfig,
         optimizers: dict[str, torch.optim.Optimizer],
         state: dict[str, Stateful],
-        key: str,
+        key: str | Identity,
         checkpoints: CheckpointStore,
         constants: dict[str, float],
     ) -> None:
         self.name, self.config, self.optimizers, self.state = name, config, optimizers, state
-        self.key, self.checkpoints, self.constants = key, checkpoints, constants
+        self.identity = key if isinstance(key, Identity) else None
+        self.key, self.checkpoints, self.constants = key.key if isinstance(key, Identity) else key, checkpoints, constants
+        self.began, self.seconds_before = time.perf_counter(), 0.0
         self.generator = torch.Generator().manual_seed(config.seed)
         self.companion_rates = {k: [g["lr"] for g in o.param_groups] for k, o in optimizers.items() if k != "main"}
         self.bad = self.skipped = self.rollbacks = 0
         self.bad_in: list[str] = []  # whose gradients were not finite in the last such step
         self.saved: int | None = None
-        self.figures: dict[str, float] = {}
+        self.report: dict[str, float] = {}
 
     def set_learning_rate(self, step: int) -> float:
-        """Of the main optimiser, which follows the schedule; companions keep theirs, but for the halving of a rollback."""
+        """Of the main optimiser, which follows the schedule. Companions keep theirs, but for the halving of a rollback."""
         halved = 0.5**self.rollbacks
         rate = learning_rate_at(step, self.config) * halved
         for group in self.optimizers["main"].param_groups:
@@ -290,25 +301,60 @@ class _Run:
         self.bad, self.skipped = (0, self.skipped) if finite else (self.bad + 1, self.skipped + 1)
         return norms[0], finite
 
-    def save(self, step: int, figures: Mapping[str, float]) -> None:
-        self.figures = {**self.constants, **figures, "total_skipped_steps": float(self.skipped), "total_rollbacks": float(self.rollbacks)}
+    def save(self, step: int, summary: Mapping[str, float]) -> None:
+        self.report = {**self.constants, **summary, "total_skipped_steps": float(self.skipped), "total_rollbacks": float(self.rollbacks)}
         payload = {
             "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
             "generator": self.generator.get_state(),
             "counts": {"bad": self.bad, "skipped": self.skipped, "rollbacks": self.rollbacks},
-            "figures": self.figures,
+            "report": self.report,
+            "seconds": self.seconds_before + time.perf_counter() - self.began,
             "modules": {k: v.state_dict() for k, v in self.state.items()},
         }
-        self.checkpoints.save(step, self.key, payload)
+        self.checkpoints.save(step, self.key, payload, self.identity)
         self.saved = step
 
     def resume(self) -> int:
-        """The step to continue from."""
-        found = self.checkpoints.load(self.key)
+        """The step to continue from.
+
+        Raises:
+            UserError: see `check_restart`.
+        """
+        found = self._load(self.key)
         if found is None:
-            return 0
-        step = self._restore(*found)
-        log.info("%s: continuing after step %d", self.checkpoints.path.name, step)
+            found = self._continue_another()
+        if found is not None:
+            log.info("%s: continuing after step %d", self.checkpoints.path.name, found)
+            return found
+        if self.identity is not None:
+            check_restart(self.checkpoints.path.name, self.checkpoints, self.identity)
+        return 0
+
+    def _load(self, key: str) -> int | None:
+        """Restore the newest checkpoint of a key that fits. One that does not is passed over as damaged."""
+
+        def restored(saved: dict[str, Any]) -> bool:
+            self._restore(0, saved)
+            return True
+
+        found = self.checkpoints.load(key, accept=restored)
+        if found is None:
+            return None
+        self.saved, self.seconds_before = found[0], float(found[1].get("seconds", 0.0))
+        return found[0]
+
+    def _continue_another(self) -> int | None:
+        """Restore a training of another key that differs only in what may change."""
+        if self.identity is None:
+            return None
+        found = continuation(self.checkpoints, self.identity, new_rate=self.config.new_rate_from_here)
+        if found is None:
+            return None
+        made, changes = found
+        step = self._load(made.key)
+        said = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
+        log.info("%s: goes on from step %s of an earlier training (%s)", self.checkpoints.path.name, step, said)
+        self.saved = None  # under this key there is no checkpoint yet
         return step
 
     def _restore(self, step: int, saved: dict[str, Any]) -> int:
@@ -318,12 +364,12 @@ class _Run:
         for name, part in self.state.items():
             part.load_state_dict(saved["modules"][name])
         counts = saved["counts"]
-        self.bad, self.skipped, self.rollbacks, self.figures = counts["bad"], counts["skipped"], counts["rollbacks"], saved["figures"]
+        self.bad, self.skipped, self.rollbacks, self.report = counts["bad"], counts["skipped"], counts["rollbacks"], saved["report"]
         self.saved = step
         return step
 
     def roll_back(self, rate: float) -> int:
-        """Go back to the last good checkpoint; the learning rate is halved and the draws are others, or the same would happen again."""
+        """Go back to the last good checkpoint. The learning rate is halved and the draws are others, or the same would happen again."""
         bad, skipped, rollbacks = self.bad, self.skipped, self.rollbacks
         advice = f"{self.name}: {bad} steps in a row had a non-finite loss or gradient ({', '.join(self.bad_in)})"
         if rollbacks >= self.config.max_rollbacks:
@@ -342,14 +388,14 @@ class _Run:
 
 
 class _Meter:
-    """Progress bar, live figures and throughput. Reads tensors only every ``log_every`` steps: each read is a CPU-GPU sync point."""
+    """Progress bar, live metrics and throughput. Reads tensors only every ``log_every`` steps: each read is a CPU-GPU sync point."""
 
     def __init__(
         self,
         name: str,
         start: int,
         config: LoopConfig,
-        metrics: MetricStream,
+        metrics: MetricSink,
         watch: Callable[[Mapping[str, float], int], None],
         device: torch.device,
     ) -> None:
@@ -377,9 +423,9 @@ class _Meter:
         self.metrics({**values, "learning_rate": rate, "images_per_second": speed, "skipped_steps": float(skipped)}, self.done)
         self.watch(values, self.done)
 
-    def figures(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         steps, seconds = self.done - self.start, time.perf_counter() - self.began
-        figures = {"final_loss": self.loss, "peak_memory_mb": peak_memory_mb(self.device)}
+        summary = {"final_loss": self.loss, "peak_memory_mb": peak_memory_mb(self.device)}
         if steps:
-            figures |= {"mean_step_seconds": seconds / steps, "mean_images_per_second": steps * self.config.batch_size / seconds}
-        return figures
+            summary |= {"mean_step_seconds": seconds / steps, "mean_images_per_second": steps * self.config.batch_size / seconds}
+        return summary

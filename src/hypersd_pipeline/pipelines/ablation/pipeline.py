@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from kedro.pipeline import Node, Pipeline
 
-from hypersd_pipeline.pipelines import evaluation
-from hypersd_pipeline.pipelines.ablation.nodes import plan_cells, run_cells
-from hypersd_pipeline.pipelines.ablation.report import report
-from hypersd_pipeline.pipelines.tscd.pipeline import SEGMENTS
+from hypersd_pipeline.data.cache import LatentCache
+from hypersd_pipeline.data.config import DataConfig
+from hypersd_pipeline.data.rows import Manifest
+from hypersd_pipeline.experiments.cells import AblationConfig, plan
+from hypersd_pipeline.experiments.chain import Setting, run_cells
+from hypersd_pipeline.experiments.report import report
+from hypersd_pipeline.io.records import RecordStore
+from hypersd_pipeline.metrics.config import EvaluationConfig
+from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.pipelines.nodes import reference_node
+from hypersd_pipeline.recipes.feedback import AnnotatedData
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+
+INPUTS = {
+    "manifest": "manifest",
+    "data": "params:data",
+    "latents": "latents",
+    "teacher": "params:teacher",
+    "reference": "evaluation_reference",
+    "evaluation": "params:evaluation",
+    "ablation": "params:ablation",
+    "checkpoints": "ablation.checkpoints",
+    "records": "ablation_records",
+}
+
+
+def ablation_node(
+    manifest: Manifest,
+    data: DataConfig,
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    reference: Path,
+    evaluation: EvaluationConfig,
+    ablation: AblationConfig,
+    checkpoints: CheckpointStore,
+    records: RecordStore,
+) -> pd.DataFrame:
+    """Plan the cells and run them. See `experiments.chain.run_cells`."""
+    setting = Setting(AnnotatedData(manifest, data, latents), teacher, reference, evaluation, checkpoints, records)
+    return run_cells(plan(ablation), ablation.seeds, setting)[0]
 
 
 def create_pipeline(**_: Any) -> Pipeline:
-    """``latents``, ``manifest`` and the stages' parameters -> ``ablation_figures``, ``ablation_table``, ``ablation_plot``."""
-    stages = {f"k{k}": f"params:tscd_k{k}.stage" for k in SEGMENTS}
-    stages |= {name: f"params:baseline_{name}.stage" for name in ("lcm", "tcd", "pcm", *(f"progressive_k{k}" for k in SEGMENTS))}
-    stages |= {"unified": "params:dmd.stage", "dmd2": "params:baseline_dmd2.stage", "dmd": "params:baseline_dmd.stage"}
-    run = {
-        "cells": "ablation_cells",
-        "ablation": "params:ablation",
-        "latents": "latents",
-        "teacher": "params:teacher",
-        "reference": "evaluation_reference",
-        "evaluation": "params:evaluation",
-        "checkpoints": "ablation.checkpoints",
-        "records": "ablation_records",
-    }
-    nodes = [
-        Node(plan_cells, {"ablation": "params:ablation", "defaults": "params:tscd", **stages}, "ablation_cells", name="plan_ablation"),
-        Node(run_cells, run, "ablation_figures", name="run_ablation"),
-        Node(report, "ablation_figures", ["ablation_table", "ablation_plot"], name="report_ablation"),
-    ]
-    return evaluation.create_pipeline().only_nodes("prepare_reference") + Pipeline(nodes)
+    """``latents``, ``manifest`` and ``params:ablation`` -> ``ablation_metrics``, ``ablation_table``, ``ablation_plot``."""
+    return Pipeline(
+        [
+            reference_node(),
+            Node(ablation_node, INPUTS, "ablation_metrics", name="run_ablation"),
+            Node(report, "ablation_metrics", ["ablation_table", "ablation_plot"], name="report_ablation"),
+        ]
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
-from hypersd_pipeline.pipelines.data_prep.nodes import cache_latents, generate_dataset, validate_rows
+from hypersd_pipeline.recipes.prepare import cache_latents, generate_dataset, validate_rows
 
 
 def create_pipeline(**kwargs: Any) -> Pipeline:

@@ -1,4 +1,4 @@
-"""The main job: from pictures to few-step LoRAs with their figures."""
+"""The main job: from images to few-step LoRAs with their metrics."""
 
 from .pipeline import create_pipeline
 

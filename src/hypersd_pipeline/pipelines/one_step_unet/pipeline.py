@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
-from hypersd_pipeline.pipelines.dmd.nodes import choose_start, train_unet
-from hypersd_pipeline.pipelines.dmd.pairs import make_pairs
-from hypersd_pipeline.pipelines.evaluation.nodes import evaluate_unet
+from hypersd_pipeline.data.cache import LatentCache
+from hypersd_pipeline.evaluation.bench import evaluate_unet
+from hypersd_pipeline.models.lora import LoRA
+from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.pipelines.nodes import EVALUATION, HANDLES, EvaluationNode, pairs_node
+from hypersd_pipeline.recipes.one_step import choose_start, train_unet
+from hypersd_pipeline.recipes.stage import Outputs
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.training.config import OneStepConfig
+from hypersd_pipeline.training.loop import MetricSink
+
+
+def unet_node(
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    stage: OneStepConfig,
+    pairs: Path,
+    checkpoints: CheckpointStore,
+    metric_stream: MetricSink,
+    start: LoRA,
+) -> tuple[Callable[[Path], None], dict[str, float]]:
+    """See `recipes.one_step.train_unet`."""
+    return train_unet(latents, teacher, stage, pairs, Outputs(checkpoints, metric_stream), start)
 
 
 def create_pipeline(**_: Any) -> Pipeline:
-    """``lora_k1`` and ``lora_feedback`` -> ``one_step_unet`` and its figures."""
+    """``lora_k1`` and ``lora_feedback`` -> ``one_step_unet`` and its metrics."""
     shared = {"latents": "latents", "teacher": "params:teacher", "stage": "params:stage", "start": "start"}
-    reference = {"teacher": "params:teacher", "reference": "evaluation_reference", "evaluation": "params:evaluation"}
     return Pipeline(
         [
             Node(choose_start, ["distilled", "feedback_lora", "params:stage"], "start", name="start"),
-            Node(make_pairs, shared, "pairs", name="pairs"),
-            Node(
-                train_unet,
-                {**shared, "pairs": "pairs", "checkpoints": "checkpoints", "metric_stream": "metric_stream"},
-                ["unet", "report"],
-                name="train",
-            ),
-            Node(evaluate_unet, {"unet": "unet", **reference}, ["metrics", "grid", "samples"], name="evaluate"),
+            Node(pairs_node, shared, "pairs", name="pairs"),
+            Node(unet_node, {**shared, "pairs": "pairs", **HANDLES}, ["unet", "report"], name="train"),
+            EvaluationNode(evaluate_unet, {"unet": "unet", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
         ],
         namespace="one_step_unet",
         parameters={"params:teacher", "params:evaluation"},

@@ -7,11 +7,12 @@ from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
-from hypersd_pipeline.pipelines.reward_models.nodes import make_pairs, train_held_out, train_text_image
+from hypersd_pipeline.data.preferences import make_preferences
+from hypersd_pipeline.recipes.reward import train_held_out, train_text_image
 
 
 def reward_pipeline(name: str, function: Callable[..., Any]) -> Pipeline:
-    """One reward, in the namespace ``reward_<name>``; the outputs are ``<name>_reward`` and ``report_reward_<name>``."""
+    """One reward, in the namespace ``reward_<name>``, with the outputs ``<name>_reward`` and ``report_reward_<name>``."""
     node = Node(
         function,
         {"pairs": "reward_pairs", "training": "params:training", "checkpoints": "checkpoints", "metric_stream": "metric_stream"},
@@ -24,5 +25,5 @@ def reward_pipeline(name: str, function: Callable[..., Any]) -> Pipeline:
 
 def create_pipeline(**_: Any) -> Pipeline:
     """``manifest``, or a user's file -> ``reward_pairs``, ``rejected_pairs`` -> ``text_image_reward`` and ``held_out_reward``."""
-    pairs = Node(make_pairs, ["manifest", "params:reward_pairs"], ["reward_pairs", "rejected_pairs"], name="make_pairs")
+    pairs = Node(make_preferences, ["manifest", "params:reward_pairs"], ["reward_pairs", "rejected_pairs"], name="make_preferences")
     return Pipeline([pairs]) + reward_pipeline("text_image", train_text_image) + reward_pipeline("held_out", train_held_out)

@@ -1,4 +1,4 @@
-"""Train a small SOLO on the data set's instance masks, for segmentation feedback on small pictures."""
+"""Train a small SOLO on the data set's instance masks, for segmentation feedback on small images."""
 
 from hypersd_pipeline.pipelines.segmentation_model.pipeline import create_pipeline
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
-from hypersd_pipeline.pipelines.segmentation_model.nodes import evaluate_segmentation_model, train_segmentation_model
+from hypersd_pipeline.recipes.segmenter import evaluate_segmentation_model, train_segmentation_model
 
 
 def create_pipeline(**kwargs: Any) -> Pipeline:

@@ -1,73 +1,53 @@
 """Wiring of the teacher's training."""
 
+from collections.abc import Callable
+from typing import Any
+
 from kedro.pipeline import Node, Pipeline
 
-from hypersd_pipeline.pipelines.teacher import nodes
+from hypersd_pipeline.recipes.teacher import build
+
+CONFIG = "params:teacher_training"
+
+
+def _training(stage: str, function: Callable[..., Any], outputs: str | list[str], name: str, inputs: dict[str, str] | None = None) -> Node:
+    """A node that trains on the data set, with the checkpoints and the metric stream of ``teacher_<stage>``."""
+    handles = {handle: f"teacher_{stage}.{handle}" for handle in ("checkpoints", "metric_stream")}
+    return Node(function, {"dataset": "teacher_dataset", "config": CONFIG, **(inputs or {}), **handles}, outputs, name=name)
 
 
 def create_pipeline(**kwargs: object) -> Pipeline:
-    """Scenes -> autoencoder -> denoiser and text encoder -> a diffusers folder with recipe and checksums; dual encoder and quality head."""
-    config = "params:teacher_training"
+    """Scenes -> autoencoder -> denoiser and text encoder -> a diffusers folder with recipe and checksums.
+
+    Scenes -> dual encoder -> image-quality head -> a folder with both.
+    """
+    latents = {"latents": "teacher_latents"}
     return Pipeline(
         [
-            Node(nodes.generate_scenes, config, "teacher_dataset", name="generate_scenes"),
+            Node(build.generate_scenes, CONFIG, "teacher_dataset", name="generate_scenes"),
+            _training("vae", build.vae_from_scenes, "teacher_vae", "train_vae"),
+            Node(build.latents_from_scenes, ["teacher_dataset", "teacher_vae"], "teacher_latents", name="encode_latents"),
+            _training("unet", build.denoiser_from_scenes, "teacher_denoiser", "train_denoiser", latents),
+            _training("decoder", build.decoder_from_scenes, "teacher_vae_tuned", "train_decoder", {"vae": "teacher_vae", **latents}),
+            Node(build.measure_vae, ["teacher_dataset", "teacher_vae_tuned"], "teacher_vae_metrics", name="measure_vae"),
             Node(
-                nodes.train_vae,
-                {
-                    "dataset": "teacher_dataset",
-                    "config": config,
-                    "checkpoints": "teacher_vae.checkpoints",
-                    "metric_stream": "teacher_vae.metric_stream",
-                },
-                "teacher_vae",
-                name="train_vae",
-            ),
-            Node(nodes.encode_latents, ["teacher_dataset", "teacher_vae"], "teacher_latents", name="encode_latents"),
-            Node(
-                nodes.train_unet,
-                {
-                    "dataset": "teacher_dataset",
-                    "latents": "teacher_latents",
-                    "config": config,
-                    "checkpoints": "teacher_unet.checkpoints",
-                    "metric_stream": "teacher_unet.metric_stream",
-                },
-                "teacher_denoiser",
-                name="train_unet",
-            ),
-            Node(
-                nodes.train_decoder,
-                {
-                    "dataset": "teacher_dataset",
-                    "vae": "teacher_vae",
-                    "latents": "teacher_latents",
-                    "config": config,
-                    "checkpoints": "teacher_decoder.checkpoints",
-                    "metric_stream": "teacher_decoder.metric_stream",
-                },
-                "teacher_vae_tuned",
-                name="train_decoder",
-            ),
-            Node(nodes.measure_vae, ["teacher_dataset", "teacher_vae_tuned"], "teacher_figures", name="measure_vae"),
-            Node(
-                nodes.export_teacher,
-                ["teacher_vae_tuned", "teacher_denoiser", "teacher_figures", config],
+                build.export_teacher,
+                ["teacher_vae_tuned", "teacher_denoiser", "teacher_vae_metrics", CONFIG],
                 "teacher_folder",
                 name="export_teacher",
             ),
-            Node(nodes.sample_teacher, ["teacher_folder", "teacher_dataset", config], "teacher_training_grid", name="sample_teacher"),
-            Node(
-                nodes.train_dual_encoder, ["teacher_dataset", config], ["dual_encoder", "dual_encoder_figures"], name="train_dual_encoder"
+            Node(build.sample_teacher, ["teacher_folder", "teacher_dataset", CONFIG], "teacher_training_grid", name="sample_teacher"),
+            _training("dual_encoder", build.dual_encoder_from_scenes, ["dual_encoder", "dual_encoder_metrics"], "train_dual_encoder"),
+            _training(
+                "quality_head",
+                build.quality_head_from_scenes,
+                ["quality_head", "quality_head_metrics"],
+                "train_quality_head",
+                {"encoder": "dual_encoder"},
             ),
             Node(
-                nodes.train_quality_head,
-                ["teacher_dataset", "dual_encoder", config],
-                ["quality_head", "quality_head_figures"],
-                name="train_quality_head",
-            ),
-            Node(
-                nodes.export_encoders,
-                ["dual_encoder", "quality_head", "dual_encoder_figures", "quality_head_figures", config],
+                build.export_encoders,
+                ["dual_encoder", "quality_head", "dual_encoder_metrics", "quality_head_metrics", CONFIG],
                 "encoders_folder",
                 name="export_encoders",
             ),

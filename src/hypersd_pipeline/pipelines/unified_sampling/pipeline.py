@@ -4,11 +4,11 @@ from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
-from hypersd_pipeline.pipelines.unified_sampling.nodes import measure_sampling
+from hypersd_pipeline.evaluation.ways import measure_sampling
 
 
 def create_pipeline(**_: Any) -> Pipeline:
-    """``lora_unified`` -> ``sampling_figures``, ``sampling_table``."""
+    """``lora_unified`` -> ``sampling_metrics``, ``sampling_table``."""
     inputs = {
         "lora": "lora_unified",
         "teacher": "params:teacher",
@@ -16,4 +16,4 @@ def create_pipeline(**_: Any) -> Pipeline:
         "evaluation": "params:evaluation",
         "sampling": "params:unified_sampling",
     }
-    return Pipeline([Node(measure_sampling, inputs, ["sampling_figures", "sampling_table"], name="measure_sampling")])
+    return Pipeline([Node(measure_sampling, inputs, ["sampling_metrics", "sampling_table"], name="measure_sampling")])

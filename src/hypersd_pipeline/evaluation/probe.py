@@ -1,0 +1,95 @@
+"""A fixed set of prompts and noise on which a distilled model is sampled and scored: for the guard and for the trade-off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.diffusion.denoiser import Denoiser
+from hypersd_pipeline.diffusion.sampling import sample_ddim
+from hypersd_pipeline.evaluation.sampling import prompt_noise
+from hypersd_pipeline.metrics.diversity import pairwise_distance
+from hypersd_pipeline.metrics.features import FeatureExtractor
+from hypersd_pipeline.models.teacher import Teacher
+from hypersd_pipeline.rewards import Reward
+from hypersd_pipeline.training.guard import HELD_OUT, TRAINED
+
+
+@dataclass
+class Judges:
+    """The rewards that are trained on, with their weights, and the one that is not."""
+
+    trained: Sequence[tuple[Reward, float]]
+    held_out: Reward
+
+    @torch.no_grad()
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """Means: ``reward_<name>`` of each, ``trained_reward`` (their weighted mean), ``held_out_reward``."""
+        found = [(reward.name, weight, _mean(reward, images, prompts)) for reward, weight in self.trained]
+        total = sum(weight for _, weight, _ in found) or 1.0
+        named = {f"reward_{name}": value for name, _, value in found}
+        trained = sum(weight * value for _, weight, value in found) / total
+        return {**named, TRAINED: trained, HELD_OUT: _mean(self.held_out, images, prompts)}
+
+
+def _mean(reward: Reward, images: Tensor, prompts: Sequence[str]) -> float:
+    return float(reward.score(images, prompts).mean())
+
+
+@dataclass
+class Probe:
+    """Samples the same prompts from the same noise, whatever the model, and measures how good, diverse and far from a reference they are.
+
+    Args:
+        variants: images of each of the first quarter of the prompts, for the diversity.
+        batch_size: images that are sampled, and held, at a time.
+    """
+
+    model: Teacher
+    judges: Judges
+    features: FeatureExtractor
+    prompts: list[str]
+    cond: Conditioning
+    steps: int
+    seed: int
+    variants: int
+    batch_size: int
+    _reference: Tensor | None = field(default=None, init=False)
+
+    @torch.no_grad()
+    def sample(self, denoiser: Denoiser, indices: range, variant: int = 0) -> Iterator[tuple[list[str], Tensor]]:
+        """Batches of prompts and their images ``[b, 3, r, r]`` in [0, 1]. Only one is held at a time."""
+        grid = denoiser.process.trailing_timesteps(self.steps)
+        for start in range(indices.start, indices.stop, self.batch_size):
+            rows = range(start, min(start + self.batch_size, indices.stop))
+            noise = prompt_noise(rows, self.model.latent_shape, self.seed, draw=1000 * variant).to(self.model.device)
+            part = slice(rows.start, rows.stop)
+            latents = sample_ddim(denoiser, noise, self.cond[part].to(self.model.device), grid)
+            yield self.prompts[part], self.model.decode(latents)
+
+    @torch.no_grad()
+    def measure(self, denoiser: Denoiser, distilled: Denoiser | None = None) -> dict[str, float]:
+        """Rewards, ``diversity`` and ``distance`` (cosine, between features) to the images of ``distilled`` or of the first measurement."""
+        if self._reference is None and distilled is not None:
+            self._reference = self._features(distilled, range(len(self.prompts)))
+        sums: dict[str, float] = {}
+        parts = []
+        for prompts, images in self.sample(denoiser, range(len(self.prompts))):
+            for name, value in self.judges.scores(images, prompts).items():
+                sums[name] = sums.get(name, 0.0) + value * len(prompts)
+            parts.append(self.features(images))
+        features = torch.cat(parts)
+        self._reference = features if self._reference is None else self._reference
+        distance = 1 - torch.nn.functional.cosine_similarity(features, self._reference, dim=-1).mean()
+        few = range(max(1, len(self.prompts) // 4))
+        variants = [features[: len(few)], *(self._features(denoiser, few, v) for v in range(1, self.variants))]
+        diversity = pairwise_distance(torch.stack(variants, dim=1)).mean()
+        means = {name: total / len(self.prompts) for name, total in sums.items()}
+        return {**means, "diversity": float(diversity), "distance": float(distance)}
+
+    def _features(self, denoiser: Denoiser, indices: range, variant: int = 0) -> Tensor:
+        return torch.cat([self.features(images) for _, images in self.sample(denoiser, indices, variant)])

@@ -1,0 +1,112 @@
+"""The table of results of all models, from flat metrics, and the main grid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from hypersd_pipeline.evaluation.reference import read_reference
+from hypersd_pipeline.evaluation.samples import read_samples, steps_label
+from hypersd_pipeline.metrics.config import EvaluationConfig
+from hypersd_pipeline.metrics.grids import labelled_grid
+
+_KEY = re.compile(r"(?P<unseen>unseen_)?(?P<metric>\w+)/(?P<row>\d+_steps|real|recon)")
+_TITLES = {
+    "fd_efficientnet_lite0": "FD EfficientNet-Lite0",
+    "fid_inception": "FID Inception-v3",
+    "clip_score": "CLIP score",
+    "image_quality": "image quality",
+}
+
+
+MODELS = {"k8": (8,), "k4": (4,), "k2": (2,), "k1": (1,), "feedback": (4,), "unified": (1, 2, 4, 8), "unet": (1,)}
+"""The chain's models, in order, and the numbers of steps that are shown of each."""
+
+
+def long_table(models: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """One line per metric: model, row (``4_steps``, ``real``, ``recon``), split, metric, samples, value, low, high."""
+    lines = []
+    for model, metrics in models.items():
+        for key, value in metrics.items():
+            if match := _KEY.fullmatch(key):
+                unseen = bool(match["unseen"])
+                lines.append(
+                    {
+                        "model": model, "row": match["row"], "split": "test_unseen" if unseen else "test", "metric": match["metric"],
+                        "samples": int(metrics["unseen_samples" if unseen else "samples"]),
+                        "value": value, "low": metrics[f"{key}_low"], "high": metrics[f"{key}_high"],
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def headline(frame: pd.DataFrame, rows: Iterable[tuple[str, int]]) -> dict[str, dict[str, float]]:
+    """``{"k4_4_steps": {metric: value}}`` on the test split, for the (model, steps) pairs that were evaluated."""
+    picked = {}
+    for model, steps in rows:
+        part = frame[(frame.model == model) & (frame.row == f"{steps}_steps") & (frame.split == "test")]
+        if len(part):
+            picked[f"{model}_{steps}_steps"] = dict(zip(part.metric, part.value.astype(float), strict=True))
+    return picked
+
+
+def markdown(frame: pd.DataFrame, config: EvaluationConfig) -> str:
+    """A table per split: rows are models and numbers of steps, metrics have their 95 % interval in brackets."""
+    parts = []
+    for split, title in (("test", "Seen names, new combinations (`test`)"), ("test_unseen", "Names held out altogether (`test_unseen`)")):
+        part = frame[frame.split == split]
+        if len(part):
+            how = (
+                f"{part.samples.iloc[0]} prompts, seed {config.seed}, noise shared by all rows. The teacher is sampled with DDIM on "
+                f"the trailing grid, guidance scale {config.guidance_scale:g}; each model as its card says, without guidance."
+            )
+            parts.append(f"## {title}\n\n{how}\n\n{_pivot(part)}\n")
+    return "\n".join(parts)
+
+
+def _pivot(part: pd.DataFrame) -> str:
+    metrics = list(dict.fromkeys(part.metric))
+    head = ["model", "steps", *(_title(m) for m in metrics)]
+    lines = [head, ["-"] * len(head)]
+    for (model, row), group in part.groupby(["model", "row"], sort=False):
+        cells = {r.metric: f"{r.value:.4g} [{r.low:.4g}, {r.high:.4g}]" for r in group.itertuples()}
+        label = {"real": ("real images", "-"), "recon": ("VAE reconstructions", "-")}.get(
+            str(row), (model, str(row).removesuffix("_steps"))
+        )
+        lines.append([*label, *(cells.get(m, "") for m in metrics)])
+    return "\n".join("|" + "|".join(map(str, line)) + "|" for line in lines)
+
+
+def _title(metric: str) -> str:
+    for suffix, words in (("_real", " to real"), ("_recon", " to reconstructions")):
+        if metric.endswith(suffix):
+            return _TITLES.get(metric.removesuffix(suffix), metric.removesuffix(suffix)) + words
+    return _TITLES.get(metric, metric)
+
+
+def summarise_models(
+    reference: Path, teacher_metrics: Mapping[str, float], teacher_samples: Path, evaluation: EvaluationConfig, **stages: Any
+) -> tuple[str, pd.DataFrame, dict[str, dict[str, float]], Image.Image]:
+    """One table of all models and numbers of steps, and the main grid.
+
+    Args:
+        stages: ``metrics_<model>`` and, but for feedback, ``samples_<model>`` of the models in `MODELS`.
+
+    Returns:
+        The table as markdown, as data frame (a line per metric), the headline metrics by row, and the grid: teacher at most and at 4 steps,
+        then each model at its own.
+    """
+    names = [name for name in MODELS if f"metrics_{name}" in stages]
+    frame = long_table({"teacher": teacher_metrics, **{name: stages[f"metrics_{name}"] for name in names}})
+    most = max(evaluation.teacher_steps)
+    own = [(name, n) for name in names for n in MODELS[name]]
+    columns = [(f"teacher, {steps_label(n)}", read_samples(teacher_samples, n)) for n in dict.fromkeys((most, 4))]
+    columns += [(f"{name}, {steps_label(n)}", read_samples(stages[f"samples_{name}"], n)) for name, n in own if f"samples_{name}" in stages]
+    prompts = read_reference(reference)["test"].prompts[: evaluation.grid_prompts]
+    picked = headline(frame, [("teacher", most), ("teacher", 4), *own])
+    return markdown(frame, evaluation), frame, picked, labelled_grid([c for c in columns if c[1]], prompts)

@@ -1,0 +1,122 @@
+"""Nodes that several pipelines share: each calls a recipe or an evaluation with what the catalog gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kedro.pipeline import Node, Pipeline
+
+from hypersd_pipeline.data.cache import LatentCache
+from hypersd_pipeline.evaluation.bench import evaluate_lora, prepare_reference
+from hypersd_pipeline.models.lora import LoRA
+from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.recipes.distil import distil
+from hypersd_pipeline.recipes.one_step import make_pairs, train_unified
+from hypersd_pipeline.recipes.stage import Outputs
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.training.config import OneStepConfig, StageConfig
+from hypersd_pipeline.training.loop import MetricSink
+
+HANDLES = {"checkpoints": "checkpoints", "metric_stream": "metric_stream"}
+"""Where a training continues, and where its live metrics go. Both in the stage's namespace."""
+
+EVALUATION = {"teacher": "params:teacher", "reference": "evaluation_reference", "evaluation": "params:evaluation"}
+"""What every evaluation of a model reads besides the model."""
+
+
+class EvaluationNode(Node):
+    """A node that Kedro runs before all others that are ready: the metrics of a stage are there before the next stage trains.
+
+    Kedro sorts the nodes that are ready by name, so that `tscd_k4.train` would come before `tscd_k8.evaluate`.
+    """
+
+    def _copy(self, **overwrite_params: Any) -> EvaluationNode:
+        node = super()._copy(**overwrite_params)
+        node.__class__ = EvaluationNode  # Kedro makes a plain Node of it when it moves it into a namespace
+        return node  # type: ignore[return-value]
+
+    def __lt__(self, other: Any) -> bool:
+        return super().__lt__(other) if isinstance(other, EvaluationNode) else isinstance(other, Node)
+
+    def __gt__(self, other: Any) -> bool:
+        return isinstance(other, EvaluationNode) and other < self
+
+
+def reference_node() -> Node:
+    """The prompts and features that every evaluation compares with. One for all pipelines."""
+    return Node(prepare_reference, ["manifest", "params:teacher", "params:evaluation"], "evaluation_reference", name="prepare_reference")
+
+
+def distil_node(
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    stage: StageConfig,
+    checkpoints: CheckpointStore,
+    metric_stream: MetricSink,
+    previous: LoRA | None = None,
+) -> tuple[LoRA, dict[str, float]]:
+    """See `recipes.distil.distil`."""
+    return distil(latents, teacher, stage, Outputs(checkpoints, metric_stream), previous)
+
+
+def pairs_node(latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, start: LoRA | None = None) -> Callable[[Path], None]:
+    """See `recipes.one_step.make_pairs`."""
+    return make_pairs(latents, teacher, stage, start)
+
+
+def unified_node(
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    stage: OneStepConfig,
+    pairs: Path,
+    checkpoints: CheckpointStore,
+    metric_stream: MetricSink,
+    start: LoRA | None = None,
+) -> tuple[LoRA, dict[str, float]]:
+    """See `recipes.one_step.train_unified`."""
+    return train_unified(latents, teacher, stage, pairs, Outputs(checkpoints, metric_stream), start)
+
+
+def distil_pipeline(namespace: str, name: str, previous: str | None = None, tags: str | None = None) -> Pipeline:
+    """Train and evaluate one stage of consistency distillation, starting from the LoRA of the stage ``previous``.
+
+    Everything inside is in the namespace (``tscd_k8.metric_stream``, ``params:tscd_k8.stage``). The outputs are flat: ``lora_<name>``,
+    ``report_<name>``, ``metrics_<name>``, ``grid_<name>``, ``samples_<name>``.
+    """
+    start = {"previous": "previous"} if previous else {}
+    train = {"latents": "latents", "teacher": "params:teacher", "stage": "params:stage", **HANDLES, **start}
+    nodes = [
+        Node(distil_node, train, ["lora", "report"], name="train"),
+        EvaluationNode(evaluate_lora, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
+    ]
+    return _staged(nodes, namespace, name, {"previous": f"lora_{previous}"} if previous else {}, tags)
+
+
+def unified_pipeline(namespace: str, name: str, before: list[Node], inputs: dict[str, str], tags: str | None = None) -> Pipeline:
+    """Make the pairs, train and evaluate a unified LoRA.
+
+    Args:
+        before: the node that makes ``start``, or none, to start from the teacher. inputs: what that node reads.
+    """
+    start = {"start": "start"} if before else {}
+    shared = {"latents": "latents", "teacher": "params:teacher", "stage": "params:stage", **start}
+    nodes = [
+        *before,
+        Node(pairs_node, shared, "pairs", name="pairs"),
+        Node(unified_node, {**shared, "pairs": "pairs", **HANDLES}, ["lora", "report"], name="train"),
+        EvaluationNode(evaluate_lora, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
+    ]
+    return _staged(nodes, namespace, name, inputs, tags)
+
+
+def _staged(nodes: list[Node], namespace: str, name: str, inputs: dict[str, str], tags: Any) -> Pipeline:
+    return Pipeline(
+        nodes,
+        namespace=namespace,
+        parameters={"params:teacher", "params:evaluation"},
+        inputs={"latents": "latents", "evaluation_reference": "evaluation_reference", **inputs},
+        outputs={kind: f"{kind}_{name}" for kind in ("lora", "report", "metrics", "grid", "samples")},
+        tags=tags,
+    )

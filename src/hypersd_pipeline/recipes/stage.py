@@ -1,0 +1,166 @@
+"""What all recipes of a stage have in common: the context of its terms, its key, its cost, and the call of the loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hypersd_pipeline.data.cache import LatentCache
+from hypersd_pipeline.data.trajectories import NoisePairs, noise_pairs_key, read_noise_pairs
+from hypersd_pipeline.diffusion.denoiser import Denoiser
+from hypersd_pipeline.files import content_hashes
+from hypersd_pipeline.models.adapters import AdaptedBackbone
+from hypersd_pipeline.models.lora import LoRA, lora_key
+from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
+from hypersd_pipeline.training.checkpoints import CheckpointStore, Identity
+from hypersd_pipeline.training.config import StageConfig
+from hypersd_pipeline.training.cost import measure_forward, with_cost
+from hypersd_pipeline.training.decoding import decoded_one_by_one
+from hypersd_pipeline.training.loop import MetricSink, Stateful, train
+from hypersd_pipeline.training.stage import Stage, build_stage
+from hypersd_pipeline.training.terms import Context, RegressionConfig
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a training leaves its checkpoints and its live metrics."""
+
+    checkpoints: CheckpointStore
+    metrics: MetricSink
+
+
+def load_for(config: StageConfig, teacher: TeacherConfig, latents: LatentCache, accelerator: Accelerator) -> Teacher:
+    """The parts of the teacher that a stage needs, checked against the cache and the stage.
+
+    Raises:
+        UserError: the cache was made by another teacher, or a timestep is not in the teacher's schedule.
+    """
+    parts = ("backbone", "vae") if config.needs_images else ("backbone",)
+    model = load_teacher(teacher, parts=parts, device=accelerator.device)  # type: ignore[arg-type]
+    latents.require_teacher(model)
+    config.check(model.process)
+    return model
+
+
+def context_of(
+    config: StageConfig, model: Teacher, adapters: AdaptedBackbone, latents: LatentCache, student: Denoiser, **more: Any
+) -> Context:
+    """What the stage's terms are built from. ``more`` overrides single attributes of `Context`."""
+    decode: Callable[[Tensor], Tensor] | None = None
+    if config.needs_images:
+        plain = functools.partial(model.decode, clip=False)
+        decode = functools.partial(decoded_one_by_one, plain) if config.decode_checkpointing else plain
+    judge, consistency = config.adversarial, config.consistency
+    on_trajectory = judge is not None and config.place_of(judge) == "trajectory"
+    context = Context(
+        adapters,
+        student,
+        adapters.denoiser(None),
+        latents.split("train"),
+        model.latent_shape,
+        batch=config.loop.batch_size // config.loop.accumulate,
+        device=model.device,
+        passes=config.loop.accumulate,
+        seed=config.loop.seed,
+        segments=consistency.segments if consistency is not None and on_trajectory else 1,
+        decode=decode,
+    )
+    return replace(context, **more)
+
+
+def stored_pairs(config: StageConfig, folder: Path, latents: LatentCache, model: Teacher, start: LoRA | None) -> NoisePairs | None:
+    """The pairs of the regression term, where there is one.
+
+    Raises:
+        UserError: they are missing, or were made with something else.
+    """
+    regression = config.one(RegressionConfig)
+    return None if regression is None else read_noise_pairs(folder, noise_pairs_key(regression.pairs, latents, model, start))
+
+
+def stage_identity(config: StageConfig, model: Teacher, latents: LatentCache, start: LoRA | None, recipe: str) -> Identity:
+    """All that the stage's weights depend on: its checkpoints are kept under it."""
+    teacher = {"weights": model.content_hash("backbone"), "dtype": model.config.dtype, "scheduler": model.scheduler_config()}
+    return Identity(
+        {
+            **config.identity(),
+            "recipe": recipe,
+            "judges": content_hashes(config.judge_files()),
+            "data": latents.key,
+            "teacher": teacher,
+            "start": lora_key(start),
+        }
+    )
+
+
+def run_stage(
+    name: str,
+    config: StageConfig,
+    context: Context,
+    outputs: Outputs,
+    accelerator: Accelerator,
+    *,
+    parameters: list[nn.Parameter],
+    identity: Identity,
+    state: Mapping[str, Stateful],
+    after_update: Callable[[], None] = lambda: None,
+    ready: Callable[[], None] = lambda: None,
+    finished: Callable[[int], bool] = lambda step: False,
+    full: bool = False,
+) -> dict[str, float]:
+    """Build the stage and run the loop.
+
+    Args:
+        parameters: what is trained. identity: see `stage_identity`. state: the student, for checkpoints.
+        ready: see `Stage`. finished: see `train`.
+        full: all weights of the student are trained, not a LoRA.
+
+    Returns:
+        The loop's report, with the cost of a step in forward passes (`with_cost`).
+    """
+    stage = build_stage(config, context, ready)
+    report = train(
+        name,
+        parameters=parameters,
+        loss_fn=stage,
+        config=config.loop,
+        state={**state, **stage.state()},
+        key=identity,
+        checkpoints=outputs.checkpoints,
+        metrics=outputs.metrics,
+        accelerator=accelerator,
+        after_update=after_update,
+        companions=stage.companions(),
+        watch=stage.watch,
+        constants=_forward_cost(stage, context, accelerator),
+        finished=finished,
+    )
+    return with_cost(report, config, full=full)
+
+
+def _forward_cost(stage: Stage, context: Context, accelerator: Accelerator) -> Mapping[str, float]:
+    """F and the encoder's share of it, on rows of the training split."""
+    rows = torch.arange(context.batch) % len(context.data)
+    x, cond = (
+        torch.randn(context.batch, *context.data.latent_shape, generator=torch.Generator().manual_seed(0)),
+        context.data.conditioning(rows),
+    )
+    return measure_forward(context.adapters, x.to(context.device), cond.to(context.device), accelerator.autocast)
+
+
+def provenance(model: Teacher, latents: LatentCache, method: str) -> dict[str, str]:
+    """Metadata of what is trained: method, teacher and data."""
+    return {
+        "method": method,
+        "teacher": model.config.source,
+        "teacher_unet_sha256": model.content_hash("backbone"),
+        "data_key": latents.key,
+        "data_rows": latents.parts["rows"],
+    }

@@ -1,0 +1,96 @@
+"""What feedback costs and brings: rewards, distance, diversity and mask AP with the feedback LoRA at several weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from PIL import Image
+
+from hypersd_pipeline.evaluation.bench import Bench, watched
+from hypersd_pipeline.evaluation.plots import tradeoff_plot
+from hypersd_pipeline.evaluation.probe import Probe
+from hypersd_pipeline.evaluation.sampling import generate
+from hypersd_pipeline.metrics.config import EvaluationConfig
+from hypersd_pipeline.metrics.grids import labelled_grid
+from hypersd_pipeline.metrics.mask_ap import mask_ap
+from hypersd_pipeline.models.contract import Contract
+from hypersd_pipeline.models.lora import LoRA, merge_lora
+from hypersd_pipeline.models.teacher import Teacher, TeacherConfig
+from hypersd_pipeline.objectives import feedback as objective
+from hypersd_pipeline.perception.annotations import AnnotatedSplit
+from hypersd_pipeline.perception.protocol import PerceptualModel
+from hypersd_pipeline.recipes.feedback import AnnotatedData, load_judges
+from hypersd_pipeline.training.config import FeedbackConfig
+
+
+def measure_tradeoff(
+    source: AnnotatedData,
+    teacher: TeacherConfig,
+    reference: Path,
+    evaluation: EvaluationConfig,
+    lora: LoRA,
+    feedback_lora: LoRA,
+    stage: FeedbackConfig,
+) -> tuple[pd.DataFrame, dict[str, Any], Image.Image, Image.Image]:
+    """Rewards, distance, diversity, Frechet distance and mask AP with 0, and with each of ``merge_weights``, times the feedback LoRA.
+
+    Returns:
+        A line per weight. The same as metrics by weight, and those of the evaluation at weight 1 (or the last one below) as other models
+        have them. The plot of reward against distance, a point per weight; a grid, a column per weight.
+    """
+    contract = Contract.of(lora)
+    bench = Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
+    judges = load_judges(stage, bench.teacher.device)
+    segmenter = stage.segmenter
+    perceptual = None if segmenter is None else segmenter.load(bench.teacher.device)
+    split, steps = bench.splits["test"], stage.sample.steps
+    probe = Probe(
+        bench.teacher, judges, bench.scorer.features, split.prompts, bench.cond["test"], steps, evaluation.seed, stage.guard.variants,
+        evaluation.batch_size,
+    )  # fmt: skip
+    timesteps = contract.timesteps(steps, bench.teacher.process.num_train_timesteps)
+    merge_lora(bench.teacher.backbone.module, lora)
+    lines, columns, before = [], [], 0.0
+    headline: dict[str, float] = {}
+    for weight in sorted({0.0, *stage.merge_weights}):
+        merge_lora(bench.teacher.backbone.module, feedback_lora, weight - before)
+        before = weight
+        options: dict[str, Any] = {"seed": evaluation.seed, "batch_size": evaluation.batch_size, "eta": contract.eta}
+        shown: list[Image.Image] = []
+        batches = watched(generate(bench.teacher, bench.cond["test"], timesteps, **options), shown, evaluation.grid_prompts)
+        row = bench.metrics_of("test", f"{steps}_steps", bench.scorer.score_all(batches))
+        if weight <= 1:
+            headline = {**row, "samples": float(len(split))}
+        line = {"weight": weight, **{name.split("/")[0]: v for name, v in row.items() if not name.endswith(("_low", "_high"))}}
+        line |= probe.measure(bench.teacher.denoiser())
+        if perceptual is not None:
+            line |= _noised_image_ap(source, bench.teacher, perceptual, stage, evaluation)
+        lines.append(line)
+        columns.append((f"feedback x {weight:g}", shown))
+    frame = pd.DataFrame(lines)
+    metrics: dict[str, Any] = {f"w_{line['weight']:.2f}": {k: float(v) for k, v in line.items() if k != "weight"} for line in lines}
+    return frame, {**headline, **metrics}, tradeoff_plot(frame), labelled_grid(columns, split.prompts[: evaluation.grid_prompts])
+
+
+@torch.no_grad()
+def _noised_image_ap(
+    source: AnnotatedData, model: Teacher, perceptual: PerceptualModel, stage: FeedbackConfig, evaluation: EvaluationConfig
+) -> dict[str, float]:
+    """Mask AP on test images that were noised as in the training and sampled again from there."""
+    assert stage.segmenter is not None
+    annotated = AnnotatedSplit(source.manifest, source.data, "test", model.resolution, perceptual.labels)
+    rows = annotated.annotated()[: stage.test_images]
+    split, denoiser = source.latents.split("test"), model.denoiser()
+    timesteps = model.process.trailing_timesteps(stage.sample.steps).tolist()[stage.segmenter.start(stage.sample.steps) :]
+    generator, images = torch.Generator().manual_seed(evaluation.seed), []
+    for picks in rows.split(evaluation.batch_size):
+        clean = split.sample(picks, None)
+        z = torch.randn(clean.shape, generator=generator).to(model.device)
+        at = torch.full((len(picks),), timesteps[0], device=model.device)
+        cond = split.conditioning(picks).to(model.device)
+        x = model.process.add_noise(clean.to(model.device), z, at)
+        images.append(model.decode(objective.advance(denoiser, x, [*timesteps, 0], cond)).cpu())
+    return mask_ap(perceptual, torch.cat(images), [annotated.instances(int(i)) for i in rows])

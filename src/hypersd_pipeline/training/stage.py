@@ -1,0 +1,166 @@
+"""A stage: weighted terms on what the student predicts. The graph is cut at the prediction once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.objectives.adversarial import balanced
+from hypersd_pipeline.training.config import StageConfig
+from hypersd_pipeline.training.critic import CRITIC
+from hypersd_pipeline.training.loop import Stateful
+from hypersd_pipeline.training.rollouts import NoisedImages, Rollout, Samples, Trajectory
+from hypersd_pipeline.training.terms import (
+    AnchorConfig,
+    Context,
+    MatchingConfig,
+    PerceptualConfig,
+    RegressionConfig,
+    RewardTermConfig,
+    Scalars,
+    Term,
+    View,
+)
+from hypersd_pipeline.training.terms.adversarial import ADAPTER, Adversary
+from hypersd_pipeline.training.terms.base import Place
+from hypersd_pipeline.training.terms.matching import Matching
+
+Weighted = tuple[float, Term]
+
+
+@dataclass
+class Stage:
+    """The loss of one pass, as the loop calls it.
+
+    Each term is judged at a copy of the prediction that is cut from the student's graph. So terms can be weighed by the size of their
+    gradients, their own graphs are freed before the student's is walked, once, and gradient checkpointing recomputes each part with the
+    adapter that it was computed with.
+
+    Attributes:
+        parts: rollouts, each with the terms that judge its prediction.
+        decode: clean latents to images, for terms that ask for them.
+        ready: called before a pass ends: what makes the student's network compute as it did, for gradient checkpointing.
+    """
+
+    parts: Sequence[tuple[Rollout, Sequence[Weighted]]]
+    decode: Callable[[Tensor], Tensor] | None = None
+    ready: Callable[[], None] = field(default=lambda: None)
+
+    def __call__(self, generator: torch.Generator) -> tuple[Tensor, Scalars]:
+        """The loss, whose gradient reaches the student only, and detached scalars to log."""
+        batches = [rollout.draw(generator) for rollout, _ in self.parts]
+        losses: list[Tensor] = []
+        scalars: Scalars = {}
+        for (rollout, terms), batch in zip(self.parts, batches, strict=True):
+            prediction = rollout.predict(batch, generator)
+            view = View(prediction, prediction.sample.detach().requires_grad_(), self.decode)
+            value, gradient = self._judged(view, terms, generator, scalars)
+            losses.append(carried(prediction.sample, gradient, value))
+        self.ready()
+        return torch.stack(losses).sum(), scalars
+
+    def _judged(self, view: View, terms: Sequence[Weighted], generator: torch.Generator, scalars: Scalars) -> tuple[Tensor, Tensor]:
+        """The terms' weighted sum and its gradient at the prediction; a discriminator's is weighed against that of all others."""
+        leaf = view.sample
+        value, weighed = torch.zeros((), device=leaf.device), False
+        for weight, term in terms:
+            if not isinstance(term, Adversary):
+                loss, more = term(view, generator)
+                value, weighed = value + weight * loss, True
+                scalars.update(more)
+        gradient = torch.autograd.grad(value, leaf)[0] if weighed else torch.zeros_like(leaf)
+        for weight, term in terms:
+            if isinstance(term, Adversary):
+                loss, more = term(view, generator)
+                (toward,) = torch.autograd.grad(loss, leaf)
+                gradient = gradient + weight * (balanced(toward, gradient) if term.config.balance else toward)
+                value = value + weight * loss
+                scalars.update(more)
+        return value.detach(), gradient
+
+    @property
+    def adversary(self) -> Adversary | None:
+        """The discriminator, if the stage has one."""
+        return next((term for _, terms in self.parts for _, term in terms if isinstance(term, Adversary)), None)
+
+    def state(self) -> dict[str, Stateful]:
+        """What a checkpoint must hold of the terms' opponents."""
+        critic = next((term.critic for _, terms in self.parts for _, term in terms if isinstance(term, Matching)), None)
+        opponents: dict[str, Stateful | None] = {"critic": critic, "discriminator": self.adversary}
+        return {name: part for name, part in opponents.items() if part is not None}
+
+    def companions(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimisers that step with the student's."""
+        return {} if self.adversary is None else {"discriminator": self.adversary.optimizer}
+
+    def watch(self, values: Mapping[str, float], step: int) -> None:
+        """Alarms of the opponents."""
+        if self.adversary is not None:
+            self.adversary.watch(values, step)
+
+
+def carried(output: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+    """A scalar with the value ``value`` whose gradient at ``output`` is ``gradient``."""
+    product = (output * gradient).sum()
+    return product + (value - product).detach()
+
+
+def build_stage(config: StageConfig, context: Context, ready: Callable[[], None] = lambda: None) -> Stage:
+    """The stage that a configuration describes.
+
+    Raises:
+        UserError: weights of a judge are missing, the solver's grid misses a segment boundary, or a term needs what the context lacks.
+    """
+    _check_needs(config, context)
+    terms: dict[Place, list[Weighted]] = {"trajectory": [], "sample": [], "noised_image": []}
+    for term in config.active().values():
+        terms[config.place_of(term)].append((term.weight, term.build(context)))
+    return Stage([(_rollout(place, config, context), found) for place, found in terms.items() if found], context.decode, ready)
+
+
+def _check_needs(config: StageConfig, context: Context) -> None:
+    """Raises UserError for a term that needs stored pairs, a segmenter or an adapter that this training does not have."""
+    names, consistency, judge = context.adapters.names, config.consistency, config.adversarial
+    averaged = {"ema"} if consistency is None or consistency.teacher == "base" else {"ema", "previous"}
+    lacking = {
+        "consistency": consistency is not None and not averaged <= set(names),
+        "matching": config.one(MatchingConfig) is not None and CRITIC not in names,
+        "regression": config.one(RegressionConfig) is not None and context.pairs is None,
+        "perceptual": config.one(PerceptualConfig) is not None and (context.perceptual is None or context.annotated is None),
+        "adversarial.encoder: adapter": judge is not None and judge.encoder == "adapter" and ADAPTER not in names,
+    }
+    for term in (term for term, lacks in lacking.items() if lacks):
+        raise UserError(f"stage.terms.{term} does not fit this training, which lacks what the term needs; switch it off.")
+
+
+def _rollout(place: Place, config: StageConfig, context: Context) -> Rollout:
+    judge = config.adversarial
+    if place == "trajectory":
+        assert config.consistency is not None
+        free = judge is not None and config.place_of(judge) == place and judge.pair and judge.encoder == "frozen"
+        return Trajectory(config.consistency, context, with_features=free)
+    if place == "noised_image":
+        perceptual = config.one(PerceptualConfig)
+        assert perceptual is not None
+        return NoisedImages(perceptual, config.sample, context)
+    return Samples(
+        config.sample,
+        context,
+        unconditional=config.one(MatchingConfig) is not None,
+        prompts=config.one(RewardTermConfig) is not None,
+        real=judge is not None,
+        anchor=config.one(AnchorConfig) is not None,
+    )
+
+
+def needs(config: StageConfig) -> dict[str, Any]:
+    """Further adapters that a stage's terms need on the network: names that start anew, and names that sit in the encoder only."""
+    judge = config.adversarial
+    encoder = (ADAPTER,) if judge is not None and judge.encoder == "adapter" else ()
+    fresh = (CRITIC,) if config.one(MatchingConfig) is not None else ()
+    return {"fresh_names": fresh, "encoder_names": encoder, "trainable": (*fresh, *encoder)}

@@ -1,0 +1,197 @@
+"""The adversarial half of the hybrid distance (Hyper-SD section 3.1, after SDXL-Lightning, arXiv 2402.13929)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.config import Count, Decay, Rate
+from hypersd_pipeline.models.adapters import AdaptedBackbone
+from hypersd_pipeline.models.discriminator import make_head
+from hypersd_pipeline.objectives.adversarial import discriminator_loss, generator_loss
+from hypersd_pipeline.training.terms.base import Context, Cost, Scalars, TermConfig, View
+
+log = logging.getLogger(__name__)
+
+ADAPTER = "discriminator"
+"""The adapter of a discriminator whose encoder is trained."""
+
+
+class AdversarialConfig(TermConfig):
+    """The discriminator of a stage. It starts anew in each.
+
+    Attributes:
+        balance: the term's gradient at the prediction is first brought to the norm of all other terms' together, so that the weight is a
+            share and does not depend on the teacher's scale.
+        encoder: ``frozen`` trains the head alone on the teacher's features. ``adapter`` trains the encoder too, through a LoRA of its own.
+        pair: judge ``(x_t, x_s)``, or ``x_s`` alone.
+        renoise: bring both sides to a shared, higher noise level before they are judged (PCM).
+        hidden: channels of the head, a multiple of 32.
+        learning_rate, betas: of its AdamW.
+        alarm_after: updates in a row that it may be right about everything before a warning.
+    """
+
+    kind: Literal["adversarial"] = "adversarial"
+    balance: bool = True
+    encoder: Literal["frozen", "adapter"] = "frozen"
+    pair: bool = True
+    renoise: bool = False
+    hidden: int = Field(default=128, ge=32, le=2**16)
+    learning_rate: Rate = 1e-3
+    betas: tuple[Decay, Decay] = (0.0, 0.99)
+    alarm_after: Count = 20
+
+    @field_validator("hidden")
+    @classmethod
+    def _whole_groups(cls, hidden: int) -> int:
+        if hidden % 32:
+            raise ValueError(f"hidden is {hidden}, not a multiple of 32, the groups of its normalisation")
+        return hidden
+
+    def build(self, context: Context) -> Adversary:
+        """See `TermConfig`."""
+        return Adversary(
+            context.adapters, self, latent_shape=context.latent_shape, segments=context.segments, passes=context.passes, seed=context.seed,
+            device=context.device,
+        )  # fmt: skip
+
+    def encoder_passes(self, cost: Cost, *, features_are_free: bool) -> float:
+        """Passes of the encoder: forward of target, prediction and ``x_t``, and back.
+
+        ``x_t`` is left out where the judgement has no second point. It is left out too where the solver's step gives its features
+        away, which the base model does while the encoder is frozen. One pass goes back to the prediction. One goes back to each input
+        where the encoder is trained.
+        """
+        trained = self.encoder == "adapter"
+        inputs = 3.0 if self.pair and (trained or not features_are_free) else 2.0
+        back = 1.0 + (inputs if trained else 0.0)
+        return inputs + back * (1.0 + cost.again)
+
+
+class Adversary:
+    """A discriminator on the student's own frozen network, and its optimiser.
+
+    On a trajectory "real" is the consistency target. On samples it is data. The encoder runs once per sample and side. Discriminator and
+    student both take their gradients from that pass, the student with the discriminator as it was before the update.
+
+    Args:
+        adapters: the network. Needs an adapter ``discriminator`` for ``encoder: adapter``.
+        latent_shape: ``(c, h, w)``, from which the head has its depth.
+        segments: k. Bounds how far ``renoise`` goes.
+        passes: of gradient accumulation in an update.
+    """
+
+    def __init__(
+        self,
+        adapters: AdaptedBackbone,
+        config: AdversarialConfig,
+        *,
+        latent_shape: tuple[int, int, int],
+        segments: int,
+        passes: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.adapters, self.config, self.segments, self.passes = adapters, config, segments, passes
+        self.head = make_head(adapters.backbone.feature_shape(latent_shape), config.hidden, 2 if config.pair else 1, seed).to(device)
+        self.adapter = ADAPTER if config.encoder == "adapter" else None
+        self.parameters = [*self.head.parameters(), *(adapters.parameters(ADAPTER) if self.adapter else ())]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+        self.streak = torch.zeros((), device=device)
+        self._correct: list[Tensor] = []  # of the passes of an update so far
+
+    @property
+    def takes_teachers_features(self) -> bool:
+        """Whether the features of ``x_t`` are the base model's own, which its solver step passes anyway."""
+        return self.config.pair and self.adapter is None
+
+    def __call__(self, view: View, generator: torch.Generator) -> tuple[Tensor, Scalars]:
+        """See `Term`. Leaves the discriminator's gradient in its parameters."""
+        p = view.prediction
+        assert p.real is not None
+        loss, scalars = self.judge(p.x_t, p.t, view.sample, p.real.to(view.sample), p.s, p.cond, generator, p.features)
+        return loss, {**scalars, "adversarial": loss.detach()}
+
+    def judge(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        prediction: Tensor,
+        target: Tensor,
+        s: Tensor,
+        cond: Conditioning,
+        generator: torch.Generator,
+        seen: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Leave the discriminator's gradient in its parameters and return the student's loss, whose only leaf is ``prediction``.
+
+        Args:
+            x_t, t: what the student saw. prediction, target: ``[b, c, h, w]`` at the times ``s``. ``prediction`` is a leaf.
+            seen: the encoder's features of ``x_t``, where they are known already (`takes_teachers_features`).
+        """
+        if self.config.renoise:
+            prediction, target, s = self._renoised(prediction, target, s, generator)
+        with nullcontext() if self.adapter else torch.no_grad():
+            if self.config.pair and seen is None:
+                both = self._encode(torch.cat([target, x_t]), torch.cat([s, t]), Conditioning.cat(cond, cond))
+                real_features, seen = both.chunk(2)
+            else:
+                real_features = self._encode(target, s, cond)
+        fake_features = self._encode(prediction, s, cond)
+        real, fake = self._logits(real_features, seen), self._logits(fake_features, seen)
+        loss = discriminator_loss(real, fake)
+        (loss / self.passes).backward(inputs=self.parameters, retain_graph=True)
+        correct = ((real > 0).float().mean() + (fake < 0).float().mean()).detach() / 2
+        self._count(correct)
+        scalars = {"loss": loss, "accuracy": correct, "logit_real": real.mean(), "logit_fake": fake.mean(), "unbeaten_steps": self.streak}
+        return generator_loss(fake), {f"discriminator_{name}": value.detach() for name, value in scalars.items()}
+
+    def _count(self, correct: Tensor) -> None:
+        """Updates in a row with nothing but right answers, on the device: to read it at each pass would make the CPU wait."""
+        self._correct.append(correct)
+        if len(self._correct) == self.passes:
+            whole = torch.stack(self._correct).min()
+            self.streak = torch.where(whole == 1, self.streak + 1, torch.zeros_like(self.streak))
+            self._correct.clear()
+
+    def watch(self, values: Mapping[str, float], step: int) -> None:
+        """Warn of a discriminator that is always right: the student then learns nothing from it."""
+        unbeaten = values.get("discriminator_unbeaten_steps", 0)
+        if unbeaten >= self.config.alarm_after:
+            log.warning(
+                "Step %d: the discriminator has been right about everything for %d updates; lower adversarial.learning_rate or "
+                "adversarial.weight, or use encoder: frozen.",
+                step,
+                unbeaten,
+            )
+
+    def _encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.adapters.features(self.adapter, x, t, cond)
+
+    def _logits(self, features: Tensor, seen: Tensor | None) -> Tensor:
+        return self.head(features if seen is None else torch.cat([features, seen], dim=1))
+
+    def _renoised(self, prediction: Tensor, target: Tensor, s: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        process = self.adapters.process
+        T = process.num_train_timesteps
+        share = torch.rand(len(s), generator=generator).to(s.device)
+        t_star = (s + (share * (T // self.segments)).long()).clamp(max=T - 1)
+        z = torch.randn(prediction.shape, generator=generator).to(prediction)
+        return process.renoise(prediction, s, t_star, z), process.renoise(target, s, t_star, z), t_star
+
+    def state_dict(self) -> dict[str, Any]:
+        """The head and the alarm's count. The encoder's adapter is in the adapters' state, the optimiser in the loop's."""
+        return {"head": self.head.state_dict(), "streak": self.streak}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.head.load_state_dict(state_dict["head"])
+        self.streak = state_dict["streak"].to(self.streak)
+        self._correct.clear()

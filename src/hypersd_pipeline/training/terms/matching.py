@@ -1,0 +1,84 @@
+"""Distribution matching (Hyper-SD section 3.3): the student's samples against teacher and critic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import field_validator
+from torch import Tensor
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.config import Count, Guidance
+from hypersd_pipeline.diffusion.denoiser import Denoiser
+from hypersd_pipeline.objectives import distribution_matching as dmd
+from hypersd_pipeline.training.critic import Critic, CriticConfig
+from hypersd_pipeline.training.terms.base import Context, Cost, Scalars, TermConfig, View
+from hypersd_pipeline.training.terms.consistency import check_scales
+
+
+class MatchingConfig(TermConfig):
+    """What the student's distribution is matched to.
+
+    Attributes:
+        batch: samples of a pass that are matched, and that the critic learns from. None: all. Matching costs several times what the student
+            does, regression nothing.
+        guidance: range of the teacher's scale in the real score, drawn uniformly per sample.
+        renoise: share of T between which the student's samples are noised again to be judged.
+        critic: see `CriticConfig`.
+    """
+
+    kind: Literal["matching"] = "matching"
+    batch: Count | None = None
+    guidance: tuple[Guidance, Guidance]
+    renoise: tuple[float, float] = (0.02, 0.98)
+    critic: CriticConfig = CriticConfig()
+
+    @field_validator("guidance")
+    @classmethod
+    def _scales(cls, guidance: tuple[float, float]) -> tuple[float, float]:
+        check_scales(guidance)
+        return guidance
+
+    @field_validator("renoise")
+    @classmethod
+    def _rising(cls, renoise: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= renoise[0] < renoise[1] < 1:
+            raise ValueError(f"renoise must be a rising pair of shares of T between 0 and 1, not {list(renoise)}")
+        return renoise
+
+    def build(self, context: Context) -> Matching:
+        """See `TermConfig`."""
+        return Matching(self, context.base, Critic(context.adapters, self.critic, context.passes))
+
+    def forwards(self, cost: Cost) -> float:
+        """Real score 2, fake score 1, and 2 for each update of the critic (at least once a pass), on the samples that are matched."""
+        scores = 3.0 + (2.0 + cost.again) * max(1.0, self.critic.updates / cost.passes)
+        return scores * min(self.batch or cost.batch, cost.batch) / cost.batch
+
+
+class Matching:
+    """The matching gradient, and the critic that is trained on the samples before it is asked."""
+
+    def __init__(self, config: MatchingConfig, teacher: Denoiser, critic: Critic) -> None:
+        self.config, self.teacher, self.critic = config, teacher, critic
+
+    def __call__(self, view: View, generator: torch.Generator) -> tuple[Tensor, Scalars]:
+        """See `Term`."""
+        some, cond, uncond = slice(0, self.config.batch), view.prediction.cond, view.prediction.uncond
+        assert uncond is not None
+        learned = self.critic.update(view.sample[some], cond[some], generator)
+        gradient = self.gradient(view.sample[some].detach(), cond[some], uncond[some], generator)
+        loss = dmd.matching_loss(view.sample[some], gradient)
+        return loss, {"critic": learned, "matching": gradient.square().mean().sqrt()}
+
+    @torch.no_grad()
+    def gradient(self, samples: Tensor, cond: Conditioning, uncond: Conditioning, generator: torch.Generator) -> Tensor:
+        """``(p_real - p_fake) / mean|p_real|`` at the student's clean samples ``[b, c, h, w]``. No graph."""
+        process, (low, high) = self.teacher.process, self.config.guidance
+        t = dmd.sample_renoise_timesteps(len(samples), process, generator, *self.config.renoise).to(samples.device)
+        x_t = process.add_noise(samples, torch.randn(samples.shape, generator=generator).to(samples), t)
+        scale = (low + (high - low) * torch.rand(len(samples), generator=generator)).to(samples).view(-1, 1, 1, 1)
+        real, _ = self.teacher.guided(uncond, scale).predict(x_t, t, cond)
+        fake, _ = self.critic.denoiser.predict(x_t, t, cond)
+        return dmd.matching_gradient(samples, real, fake)

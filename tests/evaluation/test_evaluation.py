@@ -1,0 +1,191 @@
+"""The evaluation on a random teacher: same noise for the same prompt, splits kept apart, and what reaches the table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import write_teacher
+
+from hypersd_pipeline.data.rows import Manifest, Row
+from hypersd_pipeline.data.twemoji import TwemojiConfig, make_scene
+from hypersd_pipeline.diffusion.grids import trailing_timesteps
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.evaluation.bench import Bench, evaluate_lora, evaluate_teacher, prepare_reference
+from hypersd_pipeline.evaluation.reference import choose_rows, read_reference, reference_key
+from hypersd_pipeline.evaluation.results import summarise_models
+from hypersd_pipeline.evaluation.sampling import generate, prompt_noise
+from hypersd_pipeline.evaluation.ways import SamplingWaysConfig, measure_sampling
+from hypersd_pipeline.metrics.config import EvaluationConfig
+from hypersd_pipeline.metrics.frechet import frechet_distance
+from hypersd_pipeline.models.contract import Contract
+from hypersd_pipeline.models.lora import LoRA
+from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
+from hypersd_pipeline.pipelines.evaluation.pipeline import create_pipeline
+
+CONFIG = EvaluationConfig(
+    samples=10, unseen_samples=6, batch_size=4, student_steps=(1, 2), teacher_steps=(1, 3), bootstrap=100, grid_prompts=3
+)
+N = {"test": 12, "test_unseen": 6}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture(scope="module")
+def teacher(work: Path) -> TeacherConfig:
+    return TeacherConfig(source=str(write_teacher(work, "sd15")))
+
+
+@pytest.fixture(scope="module")
+def manifest(work: Path) -> Manifest:
+    splits = {}
+    for split, n in N.items():
+        rows = []
+        for i in range(n):
+            scene = make_scene(TwemojiConfig(), split, i)  # type: ignore[arg-type]
+            Image.fromarray(scene.image).save(work / f"{split}_{i}.png")
+            rows.append(Row(f"{i}", f"{split}_{i}.png", (scene.caption,), 64, 64, len(scene.names), "0"))
+        splits[split] = tuple(rows)
+    return Manifest(work, splits)
+
+
+@pytest.fixture(scope="module")
+def reference(work: Path, manifest: Manifest, teacher: TeacherConfig) -> Path:
+    folder = work / "reference"
+    folder.mkdir()
+    prepare_reference(manifest, teacher, CONFIG)(folder)
+    return folder
+
+
+def lora(teacher: TeacherConfig, scale: float, **contract: Any) -> LoRA:
+    """Rank 2 on every self-attention query, in diffusers' format."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name, parameter in load_teacher(teacher, parts=("backbone",)).backbone.module.named_parameters():
+        if name.endswith("attn1.to_q.weight"):
+            base = f"unet.{name.removesuffix('.weight')}"
+            tensors[f"{base}.lora_A.weight"] = torch.randn(2, parameter.shape[1], generator=generator)
+            tensors[f"{base}.lora_B.weight"] = scale * torch.randn(parameter.shape[0], 2, generator=generator)
+    assert tensors
+    return LoRA(tensors, {"sampling_contract": json.dumps({"steps": 4, "guidance_scale": 1.0, **contract})})
+
+
+def test_noise_depends_on_seed_and_prompt_only() -> None:
+    shape = (4, 8, 8)
+    assert torch.equal(prompt_noise(range(6), shape, 1), torch.cat([prompt_noise(range(2), shape, 1), prompt_noise(range(2, 6), shape, 1)]))
+    assert not torch.equal(prompt_noise(range(1), shape, 1), prompt_noise(range(1), shape, 2))
+    assert not torch.equal(prompt_noise(range(1), shape, 1), prompt_noise(range(1, 2), shape, 0))
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_images_do_not_depend_on_the_batch_size(tmp_path: Path, layout: Any) -> None:
+    loaded = load_teacher(TeacherConfig(source=str(write_teacher(tmp_path, layout))))
+    cond, guided = loaded.encode_prompts(["a fox", "two cats", "an owl"]), loaded.denoiser().guided(loaded.unconditional(1), 3.0)
+    one, all_ = (torch.cat(list(generate(loaded, cond, trailing_timesteps(2), seed=0, batch_size=b, denoiser=guided))) for b in (1, 3))
+    plain = torch.cat(list(generate(loaded, cond, trailing_timesteps(2), seed=0, batch_size=3)))
+    assert one.shape == (3, 3, 64, 64) and torch.allclose(one, all_, atol=1e-4)
+    assert not torch.allclose(plain, all_, atol=1e-4)  # the guidance does something
+
+
+def test_reference_holds_the_splits_apart(reference: Path, manifest: Manifest, teacher: TeacherConfig) -> None:
+    splits = read_reference(reference, reference_key(CONFIG, load_teacher(teacher, parts=("vae",))))
+    assert {name: len(split) for name, split in splits.items()} == {"test": 10, "test_unseen": 6}
+    assert splits["test"].prompts == [row.captions[0] for row in choose_rows(manifest.splits["test"], 10, 0)]
+    assert splits["test"].real.features.shape == splits["test"].recon.features.shape == (10, 1280)
+    assert not torch.equal(splits["test"].real.features, splits["test"].recon.features)
+
+
+def test_stale_reference_is_refused(reference: Path, teacher: TeacherConfig, manifest: Manifest) -> None:
+    loaded = load_teacher(teacher, parts=("vae",))
+    with pytest.raises(UserError, match="other seed; run prepare_reference again"):
+        read_reference(reference, reference_key(CONFIG.model_copy(update={"seed": 5}), loaded))
+    with pytest.raises(UserError, match="other data; run prepare_reference again"):
+        read_reference(reference, {"data": "the key of another manifest"})
+    assert read_reference(reference, {"data": manifest.key}).keys() == {"test", "test_unseen"}
+    with pytest.raises(UserError, match="no such file"):
+        read_reference(reference / "nowhere")
+
+
+def test_data_without_test_split_is_refused(manifest: Manifest, teacher: TeacherConfig) -> None:
+    with pytest.raises(UserError, match="the split 'test' has 0 good rows"):
+        prepare_reference(Manifest(manifest.root, {"train": manifest.splits["test"]}), teacher, CONFIG)
+
+
+def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: Path, teacher: TeacherConfig) -> None:
+    teacher_metrics, grid, write = evaluate_teacher(teacher, reference, CONFIG)
+    teacher_samples, stage_samples = work / "teacher_samples", work / "samples_k4"
+    for folder in (teacher_samples, stage_samples):
+        folder.mkdir()
+    write(teacher_samples)
+    assert sorted(p.relative_to(teacher_samples).as_posix() for p in teacher_samples.rglob("*.png")) == [
+        f"{n}_steps/0{i}.png" for n in (1, 3) for i in range(3)
+    ]
+    rows = {key.split("/")[1].removesuffix("_low").removesuffix("_high") for key in teacher_metrics if "/" in key}
+    assert rows == {"1_steps", "3_steps", "real", "recon"}
+    assert teacher_metrics["samples"] == 10 and teacher_metrics["unseen_samples"] == 6
+    split = read_reference(reference)["test"]
+    assert teacher_metrics["fd_efficientnet_lite0_real/recon"] == pytest.approx(frechet_distance(split.recon.features, split.real.features))
+    assert {k for k in teacher_metrics if k.startswith("unseen_clip_score") and not k.endswith(("_low", "_high"))} == {
+        "unseen_clip_score/3_steps", "unseen_clip_score/recon", "unseen_clip_score/real",
+    }  # fmt: skip
+
+    metrics, _, write = evaluate_lora(lora(teacher, 0.0), teacher, reference, CONFIG)
+    write(stage_samples)
+    assert {f"{n}_steps" for n in (1, 2, 4)} == {
+        p.name for p in stage_samples.iterdir()
+    }  # the contract's four steps are added to the configured ones
+    for name in ("fd_efficientnet_lite0_real", "fd_efficientnet_lite0_recon", "clip_score", "image_quality"):
+        low, value, high = (metrics[f"{name}/4_steps{end}"] for end in ("_low", "", "_high"))
+        assert low <= value <= high
+    assert "unseen_clip_score/4_steps" in metrics and "unseen_clip_score/2_steps" not in metrics
+
+    table, frame, headline, main_grid = summarise_models(
+        reference, teacher_metrics, teacher_samples, CONFIG, metrics_k4=metrics, samples_k4=stage_samples
+    )
+    assert "|k4|4|" in table and "|real images|-|" in table and "held out" in table
+    line = frame[(frame.model == "k4") & (frame.row == "2_steps") & (frame.metric == "clip_score") & (frame.split == "test")]
+    assert line.value.item() == metrics["clip_score/2_steps"] and line.samples.item() == 10
+    assert set(headline) == {"teacher_3_steps", "k4_4_steps"}
+    assert headline["k4_4_steps"]["image_quality"] == metrics["image_quality/4_steps"]
+    assert main_grid.height == grid.height and main_grid.width > 190 + 2 * 128
+
+
+def test_empty_lora_is_the_teacher_without_guidance(reference: Path, teacher: TeacherConfig) -> None:
+    metrics, _, _ = evaluate_lora(lora(teacher, 0.0, steps=2), teacher, reference, CONFIG)
+    plain, _, _ = evaluate_teacher(teacher, reference, CONFIG.model_copy(update={"guidance_scale": 1.0, "teacher_steps": (2,)}))
+    moved, _, _ = evaluate_lora(lora(teacher, 1.0, steps=2), teacher, reference, CONFIG)
+    key = "fd_efficientnet_lite0_real/2_steps"
+    assert metrics[key] == pytest.approx(plain[key], rel=1e-4)
+    assert abs(moved[key] - plain[key]) > 1e-3 * plain[key]
+
+
+def test_contract_is_required(teacher: TeacherConfig) -> None:
+    with pytest.raises(UserError, match="sampling_contract"):
+        Contract.of(LoRA({}, {}))
+    with pytest.raises(UserError, match=r"guidance_scale 3\.0"):
+        Contract.of(lora(teacher, 0.0, guidance_scale=3.0))
+
+
+def test_both_grids_over_eta_and_one_step_once(reference: Path, teacher: TeacherConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    row = Bench.row
+    monkeypatch.setattr(Bench, "row", lambda bench, split, n, *rest: drawn.append((n, *rest)) or row(bench, split, n, *rest))
+    sampling = SamplingWaysConfig(grids=("tcd", "trailing"), etas=(0.0, 0.5), steps=(1, 2, 4))
+    frame, table = measure_sampling(lora(teacher, 1.0), teacher, reference, CONFIG, sampling)
+    assert len(frame) == 12 and table.count("\n") == 14
+    assert [n for n, *_ in drawn] == [1, 2, 2, 4, 4, 4, 4]  # one step is one way, and two steps have the same grid twice
+    distance = frame.set_index(["steps", "grid", "eta"])["fd_efficientnet_lite0_recon"]
+    assert distance[1].nunique() == 1 and distance[2].nunique() == 2 and distance[4].nunique() == 4
+
+
+def test_wiring_is_complete() -> None:
+    pipeline = create_pipeline()
+    models = ("k8", "k4", "k2", "k1", "unified", "unet")
+    stages = {f"{kind}_{model}" for kind in ("metrics", "samples") for model in models} | {"metrics_feedback"}
+    assert pipeline.inputs() == {"manifest", "params:teacher", "params:evaluation", *stages}
+    assert pipeline.outputs() == {"teacher_grid", "results_table", "results_lines", "results", "results_grid"}
