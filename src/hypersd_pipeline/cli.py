@@ -130,6 +130,32 @@ def _send(env: str | None) -> None:
         click.echo(send_journals(session.load_context()))  # type: ignore[attr-defined]
 
 
+def _clean(env: str | None, delete: bool) -> None:
+    """List the checkpoints that no run needs to continue, and delete them with --delete.
+
+    Of each stage the newest checkpoint is kept. The others are older ones, and those of other configurations.
+    """
+    from kedro.framework.session import KedroSession
+    from kedro.utils import find_kedro_project
+
+    from hypersd_pipeline.config_loader import ProjectConfigLoader
+    from hypersd_pipeline.files import remove, size_of
+    from hypersd_pipeline.training.checkpoints import superfluous
+
+    root = find_kedro_project(Path.cwd()) or Path.cwd()
+    with KedroSession.create(project_path=root, env=env) as session:
+        loader = session._get_config_loader()  # type: ignore[attr-defined]
+        assert isinstance(loader, ProjectConfigLoader)
+        folder = root / loader.data_folder("06_models/checkpoints")
+    found = [(path, size_of(path)) for path in superfluous(folder)]
+    for path, size in found:
+        click.echo(f"{size / 1e6:9.1f} MB  {path.relative_to(root)}")
+        if delete:
+            remove(path)
+    total = f"{sum(size for _, size in found) / 1e6:.1f} MB"
+    click.echo(f"Deleted {total}." if delete else f"{total} can be deleted; give --delete to do it." if found else "Nothing to delete.")
+
+
 run = ReadableCommand("run", callback=_run, params=kedro_run.params, help=kedro_run.help, context_settings=_CONTEXT)
 _describe = kedro_catalog.commands["describe-datasets"]
 _list = ReadableCommand("list", callback=_describe.callback, params=_describe.params, help=_describe.help)
@@ -148,3 +174,12 @@ cli.add_command(catalog)
 _env = click.Option(["--env", "-e"], help="Environment in conf/.")
 _send_command = ReadableCommand("send", callback=_send, params=[_env], help=_send.__doc__, context_settings=_CONTEXT)
 cli.add_command(click.Group("tracking", commands={"send": _send_command}, help="What is recorded in MLflow."))
+cli.add_command(
+    ReadableCommand(
+        "clean",
+        callback=_clean,
+        params=[_env, click.Option(["--delete"], is_flag=True, help="Delete what is listed.")],
+        help=_clean.__doc__,
+        context_settings=_CONTEXT,
+    )
+)

@@ -124,6 +124,19 @@ def _umask() -> int:
     return mask
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return sum(file.lstat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; a link is removed and not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
 

@@ -62,6 +62,25 @@ class ChecksHook:
         checks.check_models(pipeline, catalog)
 
 
+class ResultsHook:
+    """The last lines of a run: where the results are, how the models compare, and what to do next."""
+
+    @hook_impl
+    def after_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol) -> None:
+        """Log them for a run that made the table of results."""
+        made = pipeline.all_outputs()
+        if not {"results", "results_table", "results_grid"} <= made:
+            return
+        from hypersd_pipeline.evaluation.results import last_words
+
+        compared = last_words(catalog.load("results"))
+        paths = [str(getattr(catalog.get(name), "_filepath", name)) for name in ("results_table", "results_grid")]
+        logger.info("Results: %s and %s.%s", *paths, f" {compared}" if compared else "")
+        lora = next((name for name in ("lora_unified", "lora_k4") if name in made), None)
+        if lora is not None:
+            logger.info("Next: sample from %s as its README.md says.", getattr(catalog.get(lora), "_filepath", lora))
+
+
 class TrackingHook:
     """One MLflow run per pipeline run, with a nested run per namespace, that is per training stage.
 

@@ -7,7 +7,7 @@ from kedro.utils import find_kedro_project
 from omegaconf.resolvers import oc
 
 from hypersd_pipeline.config_loader import ProjectConfigLoader
-from hypersd_pipeline.hooks import ChecksHook, DvcHook, TrackingHook
+from hypersd_pipeline.hooks import ChecksHook, DvcHook, ResultsHook, TrackingHook
 
 
 def project_root() -> Path:
@@ -28,8 +28,8 @@ def mlflow_artifacts() -> str | None:
 
 
 # The last registered hook is called first: checks come before anything is recorded.
-HOOKS = (DvcHook(), TrackingHook(), ChecksHook())
-# TrackingHook extends the hook of kedro-mlflow and takes its place.
+HOOKS = (ResultsHook(), DvcHook(), TrackingHook(), ChecksHook())
+# TrackingHook takes the place of kedro-mlflow's hook.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow", "kedro-telemetry")
 
 # Environments that extend others, sections that are like others, and a data folder per environment.

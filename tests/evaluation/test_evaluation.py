@@ -15,7 +15,7 @@ from hypersd_pipeline.diffusion.grids import trailing_timesteps
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.evaluation.bench import Bench, evaluate_lora, evaluate_teacher, prepare_reference
 from hypersd_pipeline.evaluation.reference import choose_rows, read_reference, reference_key
-from hypersd_pipeline.evaluation.results import summarise_models
+from hypersd_pipeline.evaluation.results import last_words, summarise_models
 from hypersd_pipeline.evaluation.sampling import generate, prompt_noise
 from hypersd_pipeline.evaluation.ways import SamplingWaysConfig, measure_sampling
 from hypersd_pipeline.metrics.config import EvaluationConfig
@@ -189,3 +189,15 @@ def test_wiring_is_complete() -> None:
     stages = {f"{kind}_{model}" for kind in ("metrics", "samples") for model in models} | {"metrics_feedback"}
     assert pipeline.inputs() == {"manifest", "params:teacher", "params:evaluation", *stages}
     assert pipeline.outputs() == {"teacher_grid", "results_table", "results_lines", "results", "results_grid"}
+
+
+def test_a_run_ends_with_three_numbers():
+    def row(distance):
+        return {"fd_x_real": 9.0, "fd_x_recon": distance, "clip_score": 1.0}
+
+    picked = {"teacher_25_steps": row(1106.4), "teacher_4_steps": row(1247.0), "k8_8_steps": row(980.7)}
+    assert last_words(picked) == "Distance to reconstructions, lower is better: teacher at 25 steps 1106, k8 at 8 steps 981."
+    picked |= {f"unified_{n}_steps": row(1000.0 + n) for n in (1, 2, 4, 8)}
+    expected = "teacher at 25 steps 1106, unified at 4 steps 1004, unified at 1 step 1001."
+    assert last_words(picked) == f"Distance to reconstructions, lower is better: {expected}"
+    assert last_words({"teacher_25_steps": row(1.0)}) is None and last_words({}) is None

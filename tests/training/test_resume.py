@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.training.checkpoints import PROGRESS, CheckpointStore, Identity
+from hypersd_pipeline.training.checkpoints import PROGRESS, CheckpointStore, Identity, superfluous
 from hypersd_pipeline.training.loop import LoopConfig, TrainingStopped, make_accelerator, train
 from hypersd_pipeline.training.resume import differences
 
@@ -127,3 +130,31 @@ def test_seconds_add_up_over_interruptions(tmp_path):
     run(tmp_path)
     last = json.loads(next((tmp_path / "stage").rglob(PROGRESS)).read_text())
     assert (first["step"], last["step"]) == (2, 4) and last["seconds"] > first["seconds"] > 0
+
+
+def test_what_is_superfluous_is_all_but_the_newest_checkpoint_of_each_stage(tmp_path):
+    for stage, key, step, age in [("a", "old", 1, 1), ("a", "old", 2, 2), ("a", "new", 1, 3), ("a", "new", 2, 4), ("b", "only", 7, 0)]:
+        path = tmp_path / stage / key / f"step-{step:08d}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (age, age))
+    (tmp_path / "c").mkdir()
+    found = [path.relative_to(tmp_path).as_posix() for path in superfluous(tmp_path)]
+    assert found == ["a/old", "a/new/step-00000001.pt"] and superfluous(tmp_path / "none") == []
+
+
+def test_two_processes_do_not_train_the_same_stage(tmp_path):
+    store = CheckpointStore(tmp_path / "stage")
+    code = "import sys, time; from hypersd_pipeline.training.checkpoints import CheckpointStore\n"
+    code += "with CheckpointStore(sys.argv[1]).locked('k8'): print('locked', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(store.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(
+            UserError, match=rf"^toy: process {other.pid} on .* is at it \(.*\.lock is locked\), so wait until it ends or stop it\.$"
+        ):
+            run(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    assert run(tmp_path)[1]  # a killed process holds nothing

@@ -55,6 +55,26 @@ def headline(frame: pd.DataFrame, rows: Iterable[tuple[str, int]]) -> dict[str, 
     return picked
 
 
+def last_words(picked: Mapping[str, Mapping[str, float]]) -> str | None:
+    """One sentence that compares a run's models in three numbers: the teacher at most steps, the last stage at many and at one.
+
+    Args:
+        picked: see `headline`. Returns None where there is nothing to compare.
+    """
+    rows = {name: next((v for metric, v in values.items() if metric.endswith("_recon")), None) for name, values in picked.items()}
+    by_model: dict[str, dict[int, str]] = {}
+    for name in rows:
+        model, _, steps = name.removesuffix("_steps").rpartition("_")
+        by_model.setdefault(model, {})[int(steps)] = name
+    teacher = by_model.get("teacher")
+    last = next((by_model[model] for model in ("unified", "k1", "k2", "k4", "k8") if model in by_model), None)
+    if teacher is None or last is None:
+        return None
+    shown = list(dict.fromkeys([teacher[max(teacher)], last[min(last, key=lambda steps: abs(steps - 4))], last[min(last)]]))
+    numbers = [f"{name.removesuffix('_steps').replace('_', ' at ')} steps {rows[name]:.0f}" for name in shown]
+    return f"Distance to reconstructions, lower is better: {', '.join(numbers)}.".replace(" at 1 steps", " at 1 step")
+
+
 def markdown(frame: pd.DataFrame, config: EvaluationConfig) -> str:
     """A table per split: rows are models and numbers of steps, metrics have their 95 % interval in brackets."""
     parts = []

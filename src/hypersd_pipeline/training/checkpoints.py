@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.files import file_sha256, fingerprint, replacing_file, write_text
+from hypersd_pipeline.files import file_sha256, fingerprint, lock, replacing_file, write_text
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,10 @@ class CheckpointStore:
         for old in self._files(key)[: -self.keep]:
             old.unlink()
 
+    def locked(self, name: str) -> AbstractContextManager[None]:
+        """Keep other processes from training the same stage. Raises UserError, with the process that does."""
+        return lock(self.path / ".lock", name)
+
     def discard_after(self, key: str, step: int) -> None:
         """Delete the key's checkpoints of later steps."""
         for file in self._files(key):
@@ -129,6 +134,20 @@ class CheckpointStore:
             except (OSError, ValueError, KeyError, TypeError):
                 continue
         yield from sorted(found, key=lambda made: made.step, reverse=True)
+
+
+def superfluous(folder: Path) -> list[Path]:
+    """What is not needed to continue: of each stage below ``folder`` all folders of identities but the newest, and all checkpoints in it
+    but the newest.
+    """
+    found: list[Path] = []
+    for stage in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
+        files = sorted(stage.glob("*/step-*.pt"), key=lambda file: file.stat().st_mtime_ns)
+        if files:
+            newest = files[-1]
+            found += sorted(key for key in stage.iterdir() if key.is_dir() and key != newest.parent)
+            found += [file for file in files if file.parent == newest.parent and file != newest]
+    return found
 
 
 def _step_of(file: Path) -> int:

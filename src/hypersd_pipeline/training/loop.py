@@ -212,16 +212,17 @@ def train(
         ``total_skipped_steps``, ``total_rollbacks`` and ``constants``. For a stage that was finished before, what it had then.
 
     Raises:
+        UserError: another process trains the same stage, or see `training.resume.check_restart`.
         TrainingStopped: interrupted (the checkpoint of the last finished step is saved), or non-finite once more after the last rollback.
     """
     parameters = list(parameters)
     main = make_optimizer(parameters, config)
     run = _Run(name, config, {"main": main, **(companions or {})}, dict(state), key, checkpoints, dict(constants or {}))
-    step = run.resume()
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
-    meter = _Meter(name, step, config, metrics, watch, accelerator.device)
-    with _exact_convolutions_after(), _stop_request() as stop_asked:
+    with checkpoints.locked(name), _exact_convolutions_after(), _stop_request() as stop_asked:
+        step = run.resume()
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        meter = _Meter(name, step, config, metrics, watch, accelerator.device)
         while not finished(step) and step < config.steps:
             rate = run.set_learning_rate(step)
             scalars: Mapping[str, Tensor] = {}
@@ -244,7 +245,7 @@ def train(
                 raise TrainingStopped(f"{name}: interrupted after step {step}; run the same command to continue.")
         if run.saved != step or meter.done > meter.start:  # once more after `finished` has had its last word
             run.save(step, meter.summary() if meter.done > meter.start else run.report)
-    meter.bar.close()
+        meter.bar.close()
     return run.report
 
 
