@@ -146,7 +146,7 @@ def _remove_leftovers(path: Path) -> None:
     start = f".{path.name}."
     for left in path.parent.iterdir():
         pid, _, suffix = left.name.removeprefix(start).partition(".")
-        if not left.name.startswith(start) or suffix not in ("tmp", "old") or not pid.isdigit() or _another_is_writing(int(pid)):
+        if not left.name.startswith(start) or suffix not in ("tmp", "old") or not pid.isdigit() or runs_elsewhere(int(pid)):
             continue
         if suffix == "old" and not path.exists():
             left.rename(path)
@@ -156,7 +156,8 @@ def _remove_leftovers(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _another_is_writing(pid: int) -> bool:
+def runs_elsewhere(pid: int) -> bool:
+    """Whether another process has this number."""
     if pid == os.getpid():  # left by an earlier process of the same number, as in a container
         return False
     try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from hypersd_pipeline.data.probe import probe
 from hypersd_pipeline.data.reading import BadFile, read_inside
 from hypersd_pipeline.data.rows import Manifest, Row, share_of
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.files import sha256_of, write_text
+from hypersd_pipeline.files import runs_elsewhere, sha256_of, write_text
 from hypersd_pipeline.models.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -304,20 +303,8 @@ class _Build:
                 file.unlink(missing_ok=True)
         for left in self.path.glob(".*.safetensors.*.tmp"):  # named by files.replacing_file
             pid = left.name.split(".")[-2]
-            if pid.isdigit() and not _runs(int(pid)):
+            if pid.isdigit() and not runs_elsewhere(int(pid)):
                 left.unlink(missing_ok=True)
-
-
-def _runs(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
 
 
 def _plan(name: str, recipe: Mapping[str, str], contents: Sequence[str], config: DataConfig) -> list[_Plan]:

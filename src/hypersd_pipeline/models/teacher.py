@@ -18,7 +18,7 @@ from hypersd_pipeline.config import Side, Strict
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.process import PredictionType, Process
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.files import file_sha256
+from hypersd_pipeline.files import file_sha256, hub_folder
 from hypersd_pipeline.models import text
 from hypersd_pipeline.models.backbones import FAMILIES, Backbone, family_of
 from hypersd_pipeline.models.config_rules import read_config
@@ -251,8 +251,6 @@ def check_shipped(folder: Path) -> None:
 
 
 def _download(config: TeacherConfig, parts: Iterable[Part]) -> Path:
-    from huggingface_hub import snapshot_download
-
     dot = f".{config.variant}" if config.variant else ""
     patterns = ["model_index.json", "*/config.json", "scheduler/*.json"]
     for part in parts:
@@ -263,13 +261,7 @@ def _download(config: TeacherConfig, parts: Iterable[Part]) -> Path:
             patterns += [f"{name}/{stem}-*{dot}.safetensors", f"{name}/{stem}.safetensors.index{dot}.json"]
         if part == "text":
             patterns += ["tokenizer/*", "tokenizer_2/*"]
-    try:
-        folder = Path(snapshot_download(config.source, revision=config.revision, allow_patterns=patterns))
-    except Exception as error:  # offline, private, misspelt, unknown revision: huggingface_hub has a class for each, httpx some more
-        raise UserError(
-            f"teacher.source: {config.source} is no local folder and could not be fetched from the hub ({type(error).__name__}); "
-            "check the spelling, the network and HF_TOKEN, or give a local diffusers folder."
-        ) from error
+    folder = hub_folder(config.source, patterns, config.revision, "teacher.source", "a local diffusers folder")
     if not (folder / "model_index.json").exists():
         raise UserError(f"teacher.source: {config.source} on the hub has no model_index.json; give a repository in diffusers layout.")
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from hypersd_pipeline.data import twemoji
 from hypersd_pipeline.diffusion.grids import trailing_timesteps
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.evaluation.sampling import generate
+from hypersd_pipeline.files import file_sha256
 from hypersd_pipeline.metrics.grids import captioned_grid, to_pil
 from hypersd_pipeline.models.dual_encoder import DualEncoder, save_dual_encoder
 from hypersd_pipeline.models.quality_head import QualityHead, save_quality_head
@@ -236,5 +236,5 @@ def write_checksums(folder: Path) -> None:
     """``sha256.json``: relative path -> sha256 of every file of the folder but itself, the README and the training's curve."""
     beside = ("sha256.json", "README.md", "training_curve.png", "training_curve.csv")
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in beside)
-    sums = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    sums = {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}
     (folder / "sha256.json").write_text(json.dumps(sums, indent=2) + "\n")
