@@ -198,7 +198,7 @@ def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes
 
 
 def test_a_baseline_and_the_ablation_run_on_the_same_data(smoke, run):
-    run("kedro", "run", "--env", "smoke", "--pipelines", "baseline_progressive")
+    run("kedro", "run", "--env", "smoke", "--pipelines", "baselines", "--tags", "progressive")
     lora = smoke / "data/smoke/06_models/lora_progressive_k1"
     assert (lora / "pytorch_lora_weights.safetensors").exists() and (smoke / "data/smoke/08_reporting/metrics_progressive_k1.json").exists()
     first = run("kedro", "run", "--env", "smoke", "--pipelines", "ablation")
@@ -211,6 +211,6 @@ def test_a_baseline_and_the_ablation_run_on_the_same_data(smoke, run):
     cell = next(r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == "8-4-2-1 hybrid seed 0")
     assert cell.info.status == "FINISHED" and "clip_score/4_steps" in cell.data.metrics and "loss" in cell.data.metrics
     again = run("kedro", "run", "--env", "smoke", "--pipelines", "ablation")
-    run("kedro", "run", "--env", "smoke", "--pipelines", "baseline_dmd2")
+    run("kedro", "run", "--env", "smoke", "--pipelines", "baselines", "--tags", "dmd2")
     assert (smoke / "data/smoke/06_models/lora_dmd2/pytorch_lora_weights.safetensors").exists()
     assert "done before" not in first.stdout + first.stderr and "TCD seed 0: done before" in again.stdout + again.stderr
