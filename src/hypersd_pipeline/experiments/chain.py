@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ class Records(Protocol):
         """The record of a job, made now unless it was made before."""
         ...
 
-    def stream(self, name: str) -> Callable[[Mapping[str, float], int], None]:
+    def stream(self, name: str) -> AbstractContextManager[Callable[[Mapping[str, float], int], None]]:
         """Where the live metrics of a job go."""
         ...
 
@@ -136,19 +137,19 @@ class Chain:
         """Train a stage. Returns what evaluates it."""
         s, first = self.setting, int(self.spent["trained_updates"])
         offset = 0 if self.cell.each else first
-        stream = s.records.stream(self._name(model))
+        with s.records.stream(self._name(model)) as stream:
 
-        def live(values: Mapping[str, float], step: int) -> None:
-            stream(values, offset + step)
+            def live(values: Mapping[str, float], step: int) -> None:
+                stream(values, offset + step)
 
-        outputs = Outputs(s.checkpoints, live)
-        if isinstance(stage, FeedbackConfig):
-            evaluate, report = self._train_feedback(stage, outputs)
-        elif isinstance(stage, OneStepConfig):
-            evaluate, report = self._train_one_step(model, stage, outputs)
-        else:
-            self.lora, report = distil(s.source.latents, s.teacher, stage, outputs, self.lora)
-            evaluate = self._evaluation_of(self.lora)
+            outputs = Outputs(s.checkpoints, live)
+            if isinstance(stage, FeedbackConfig):
+                evaluate, report = self._train_feedback(stage, outputs)
+            elif isinstance(stage, OneStepConfig):
+                evaluate, report = self._train_one_step(model, stage, outputs)
+            else:
+                self.lora, report = distil(s.source.latents, s.teacher, stage, outputs, self.lora)
+                evaluate = self._evaluation_of(self.lora)
         self._spend(stage, report)
         spent = dict(self.spent)
         return lambda: {**evaluate(), **report, **spent}

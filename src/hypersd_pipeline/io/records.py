@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +55,13 @@ class RecordStore:
         self.put(name, key, record)
         return record
 
-    def stream(self, name: str) -> MetricStream:
-        """Where the live metrics of a job go."""
+    @contextmanager
+    def stream(self, name: str) -> Iterator[MetricStream]:
+        """Where the live metrics of a job go: a curve, and the nested MLflow run that gets its record too."""
         from hypersd_pipeline.io.metrics import MetricStream
 
-        return MetricStream(self._file(name, ".csv"))
+        with tracking.child_run(name, {}):
+            yield MetricStream(self._file(name, ".csv"))
 
 
 class RecordsDataset(AbstractDataset[None, RecordStore]):
