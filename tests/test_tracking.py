@@ -59,7 +59,7 @@ def history(store: Store, run_id: str, name: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in store.client.get_metric_history(run_id, name))
 
 
-def until(true: Callable[[], object], seconds: float = 30) -> None:
+def until(true: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen"
@@ -181,9 +181,9 @@ def test_training_outlives_a_server_and_the_next_run_sends_what_was_kept(
     command = [sys.executable, "-m", "kedro", "run", "--params", f"note=https://a:{SECRET}@b/c"]
     variables = environment_of(PAUSE="0.8", MLFLOW_TRACKING_URI=user)
     process = subprocess.Popen(command, cwd=small_project, env=variables, stderr=subprocess.PIPE, text=True)
-    until(lambda: (small_project / "data/tscd_k1.csv").exists(), 60)
+    until(lambda: (small_project / "data/tscd_k1.csv").exists(), 300)
     server.stop()
-    told = process.communicate(timeout=90)[1]
+    told = process.communicate(timeout=300)[1]
     assert process.returncode == 0, told
     warnings = [line for line in told.splitlines() if "WARNING" in line and "such values are not recorded" not in line]
     (journal,) = (small_project / JOURNALS).glob("*.jsonl")
