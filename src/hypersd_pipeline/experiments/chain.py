@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,6 +29,8 @@ from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, Stag
 from hypersd_pipeline.training.cost import prepared_forwards
 
 Metrics = dict[str, float]
+
+log = logging.getLogger(__name__)
 
 
 class Records(Protocol):
@@ -112,6 +115,8 @@ class Chain:
         models = list(self.cell.stages)
         recorded = models if self.cell.each else models[-1:]
         found = {model: self.setting.records.get(self._name(model), self._key(model)) for model in recorded}
+        for model in (name for name, record in found.items() if record):
+            log.info("%s: done before", self._name(model))
         if all(record is not None for record in found.values()):
             return {self._label(model): record for model, record in found.items() if record is not None}
         records = {}
