@@ -167,7 +167,7 @@ def make_smoke_the_default(project: Path) -> None:
         smoke = merge(smoke, yaml.safe_load(file.read_text()) or {})
     for file in sorted((project / "conf/base").glob("parameters*.yml")):
         base = yaml.safe_load(file.read_text()) or {}
-        file.write_text(yaml.safe_dump(merge(base, {key: value for key, value in smoke.items() if key in base})))
+        file.write_text(yaml.safe_dump(merge(base, {key: value for key, value in smoke.items() if key in base}), sort_keys=False))
 
 
 def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes(smoke, run, tmp_path):
@@ -179,7 +179,7 @@ def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes
     file = smoke / "conf/base/parameters_tscd.yml"
     parameters = yaml.safe_load(file.read_text())
     parameters["tscd_k2"]["stage"]["loop"] = {"steps": 4}
-    file.write_text(yaml.safe_dump(parameters))
+    file.write_text(yaml.safe_dump(parameters, sort_keys=False))
     again = run("dvc", "repro").stdout
     before = ("data_prep", "reference", "tscd_k8", "evaluate_k8", "tscd_k4", "evaluate_k4")
     assert [name for name in before if f"Running stage '{name}'" in again] == []
