@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground floor up. A room imports from itself and from what stands before it. docs/architecture.md has the same order.
 ORDER = (
-    "errors", "masking", "compat", "config", "files", "verdicts", "conditioning",
+    "errors", "masking", "logs", "compat", "config", "files", "verdicts", "conditioning",
     "diffusion", "objectives", "models", "data", "rewards", "perception", "metrics",
     "training", "evaluation", "recipes", "experiments", "io", "pipelines",
-    "config_faults", "sections", "config_loader", "options", "checks", "hooks", "settings", "cli", "pipeline_registry", "__main__",
+    "config_faults", "order", "sections", "config_loader", "options", "checks", "hooks", "settings", "cli",
+    "pipeline_registry", "__main__",
 )  # fmt: skip
-KEDRO = {"io", "pipelines", "config_loader", "options", "checks", "hooks", "settings", "cli", "pipeline_registry", "__main__"}
+KEDRO = {"io", "pipelines", "order", "config_loader", "options", "checks", "hooks", "settings", "cli", "pipeline_registry", "__main__"}
 MLFLOW = {"io", "hooks"}
 PACKAGE = "hypersd_pipeline"
 KINDS = ("top", "function", "typing")

@@ -4,12 +4,12 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Pipeline
+from stages import LOOP, LORA
 
 from hypersd_pipeline import checks
 from hypersd_pipeline.config_loader import ProjectConfigLoader
@@ -29,6 +29,7 @@ from hypersd_pipeline.pipelines import (
     unified_sampling,
 )
 from hypersd_pipeline.settings import CONFIG_LOADER_ARGS
+from hypersd_pipeline.training.config import StageConfig
 
 CONF = Path(__file__).parents[1] / "conf"
 MINE = "conf/mine/parameters.yml: "
@@ -231,21 +232,47 @@ def test_data_without_masks_is_accepted_where_nothing_asks_for_them(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("stage", "start", "told"),
+    ("stage", "over", "told"),
     [
-        ("tscd_k8", "mine", None),
-        ("tscd_k8", "none", "tscd_k8.stage.start: there is no file or folder"),
-        ("tscd_k4", "mine", "tscd_k4.stage.start: this stage starts from lora_k8; set start for the first one only, such as tscd_k8.stage"),
+        ("tscd.tscd_k8", {"start": "mine"}, None),
+        ("tscd.tscd_k8", {"start": "none"}, "tscd_k8.stage.start: there is no file or folder"),
+        (
+            "tscd.tscd_k4",
+            {"start": "mine"},
+            "tscd_k4.stage.start: this stage starts from lora_k8; set start for the first one only, such as tscd_k8.stage",
+        ),
+        (
+            "tscd.tscd_k4",
+            {"terms": {"consistency": {"segments": 4, "solver_points": 8, "guidance": [3, 8], "teacher": "previous_stage"}}},
+            None,
+        ),
+        *(
+            (
+                f"baselines.baseline_{name}",
+                {"terms": {"consistency": {"segments": segments, "solver_points": 8, "guidance": [3, 8], "teacher": "previous_stage"}}},
+                f"baseline_{name}.stage.terms.consistency.teacher (segments: {segments}): previous_stage needs a stage before this one",
+            )
+            for name, segments in (("lcm", 1), ("tcd", 1), ("pcm", 4))
+        ),
     ],
 )
-def test_a_lora_to_start_from_is_looked_for_before_anything_is_trained(tmp_path, stage, start, told):
+def test_what_a_stage_starts_from_is_checked_before_anything_is_trained(tmp_path, stage, over, told):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "my_lora.safetensors").touch()
-    pipeline = tscd.create_pipeline()
+    made, _, name = stage.partition(".")
+    pipeline = {"tscd": tscd, "baselines": baselines}[made].create_pipeline()
     catalog = DataCatalog({name: MemoryDataset(None) for name in pipeline.inputs()})
-    catalog[f"params:{stage}.stage"] = MemoryDataset(SimpleNamespace(start=tmp_path / start), copy_mode="assign")
+    given = {
+        "terms": {"consistency": {"segments": 8 if name == "tscd_k8" else 4, "solver_points": 40, "guidance": [3, 8]}},
+        "lora": LORA,
+        "loop": LOOP,
+        **over,
+    }
+    if "start" in given:
+        given["start"] = tmp_path / given["start"]
+    catalog[f"params:{name}.stage"] = MemoryDataset(StageConfig.model_validate(given), copy_mode="assign")
     if told is None:
         checks.check_starts(pipeline, catalog)
     else:
-        with pytest.raises(UserError, match=re.escape(told)):
+        with pytest.raises(UserError, match=f"^{re.escape(told)}"):
             checks.check_starts(pipeline, catalog)

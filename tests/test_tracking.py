@@ -27,7 +27,8 @@ from hypersd_pipeline.io import mlflow_store
 from hypersd_pipeline.io.journal import Delivery, Journal, Sender, folder_id, send_left
 from hypersd_pipeline.io.mlflow_store import LEASE_TAG, PROCESS_TAG, NotYetKnown, Store, connect, make_database, this_process
 from hypersd_pipeline.io.tracking import Recorder
-from hypersd_pipeline.masking import mask_logs, masked
+from hypersd_pipeline.logs import about, prepare_logs
+from hypersd_pipeline.masking import masked
 
 SECRET = "hunter2-and-more"
 JOURNALS = "data/08_reporting/tracking"
@@ -266,16 +267,21 @@ def test_secrets_are_masked_wherever_they_stand(monkeypatch: pytest.MonkeyPatch,
     handler = logging.StreamHandler()
     logging.getLogger().addHandler(handler)
     try:
-        mask_logs()
-        mask_logs()
+        prepare_logs()
+        prepare_logs()
         try:
             raise ValueError("sesame-open")
         except ValueError:
             logging.getLogger("x").exception("at http://me:pass@host")
+        with about("tscd_k4: lora_k4"):
+            logging.getLogger("x").warning("%d %% done", 50)
+        logging.getLogger("kedro.runner.sequential_runner").warning("You can resume the pipeline run by --from-nodes")
+        logging.getLogger("x").warning("done")
     finally:
         logging.getLogger().removeHandler(handler)
     told = capsys.readouterr().err
     assert "http://***@host" in told and "ValueError: ***" in told and "sesame" not in told
+    assert told.splitlines()[-2:] == ["[tscd_k4: lora_k4] 50 % done", "done"]
 
 
 # --- the sqlite file ---------------------------------------------------------------------------------------------------------------------

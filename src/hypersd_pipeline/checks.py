@@ -339,7 +339,7 @@ def check_models(pipeline: Pipeline, catalog: CatalogProtocol) -> None:
 
 
 def _check_teacher(typed: Mapping[str, Any], pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-    from hypersd_pipeline.experiments.cells import AblationConfig
+    from hypersd_pipeline.experiments.cells import AblationConfig, plan
     from hypersd_pipeline.metrics.config import EvaluationConfig
     from hypersd_pipeline.models.one_step import check_network
     from hypersd_pipeline.models.teacher_check import check_teacher
@@ -356,10 +356,12 @@ def _check_teacher(typed: Mapping[str, Any], pipeline: Pipeline, catalog: Catalo
     for config in typed.values():
         if isinstance(config, EvaluationConfig):
             config.check(process.num_train_timesteps)
-        if isinstance(config, AblationConfig) and (config.one_step_timestep or 0) > process.last_timestep:
-            raise UserError(
-                f"ablation.one_step_timestep is {config.one_step_timestep}, but the teacher's end at {process.last_timestep}; lower it."
-            )
+        if isinstance(config, AblationConfig):
+            if (config.one_step_timestep or 0) > process.last_timestep:
+                raise UserError(
+                    f"ablation.one_step_timestep is {config.one_step_timestep}, but the teacher's end at {process.last_timestep}; lower it."
+                )
+            plan(config)
     for name in sorted(pipeline.inputs()):
         dataset = catalog.get(name) if name in catalog else None
         if isinstance(dataset, LoRADataset):
@@ -399,27 +401,41 @@ def check_judges(pipeline: Pipeline, typed: Mapping[str, Any]) -> None:
 
 
 def check_starts(pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-    """Find the LoRA of the user's own from which a stage starts (``stage.start``), before anything is trained.
+    """Check what each stage starts from, before anything is trained: the LoRA of the stage before, or one of the user's own.
 
     Raises:
-        UserError: there is none, or the stage is not a first one.
+        UserError: there is no file at ``stage.start``, a stage that is not the first one has it, or the first one asks for a
+            ``previous_stage``.
     """
+    from hypersd_pipeline.recipes.distil import check_consistency
+    from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, StageConfig
+
     for node in pipeline.nodes:
         for name in node.inputs:
-            start = getattr(catalog.load(name), "start", None) if name.endswith(".stage") and name in catalog else None
-            if start is None:
+            stage = catalog.load(name) if name.endswith(".stage") and name in catalog else None
+            if not isinstance(stage, StageConfig):
                 continue
-            from hypersd_pipeline.models.user_lora import user_lora_file
-
             key = name.removeprefix("params:")
             before = next((other for other in node.inputs if other.startswith("lora_") or other.endswith(".start")), None)
-            if before is not None or "latents" not in node.inputs:
-                reason = "is no first stage" if before is None else f"starts from {before}"
-                raise UserError(f"{key}.start: this stage {reason}; set start for the first one only, such as tscd_k8.stage.start.")
-            try:
-                user_lora_file(start)
-            except UserError as error:
-                raise UserError(f"{key}.{error}") from error
+            if stage.start is not None:
+                _check_own_start(key, stage.start, before, "latents" in node.inputs)
+            if before is None and stage.consistency is not None and not isinstance(stage, OneStepConfig | FeedbackConfig):
+                try:
+                    check_consistency(stage, has_previous=False)
+                except UserError as error:
+                    raise UserError(f"{key}{str(error).removeprefix('stage')}") from error
+
+
+def _check_own_start(key: str, start: Path, before: str | None, trains: bool) -> None:
+    from hypersd_pipeline.models.user_lora import user_lora_file
+
+    if before is not None or not trains:
+        reason = "is no first stage" if before is None else f"starts from {before}"
+        raise UserError(f"{key}.start: this stage {reason}; set start for the first one only, such as tscd_k8.stage.start.")
+    try:
+        user_lora_file(start)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from error
 
 
 def _cure(dataset: str, env: str | None) -> str:

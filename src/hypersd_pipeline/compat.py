@@ -1,13 +1,17 @@
-"""Let torchvision's CUDA build be imported beside a CPU-only torch.
+"""What lets other packages be imported: torchvision beside a CPU-only torch, and Kedro's plugins without warnings of their own code.
 
-Its compiled library cannot load there, and ``import torchvision`` (hence peft, open_clip, torchmetrics) fails with "operator
-torchvision::nms does not exist". Transforms and models need no compiled operator, so their schemas are declared instead.
+The compiled library of torchvision's CUDA build cannot load beside a CPU-only torch, and ``import torchvision`` (hence peft, open_clip,
+torchmetrics) fails with "operator torchvision::nms does not exist". Transforms and models need no compiled operator, so their schemas are
+declared instead.
 Nothing happens where the compiled library loads, or until something imports torchvision.
 """
 
+import contextlib
 import ctypes
+import importlib
 import importlib.machinery
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -46,3 +50,13 @@ def install() -> None:
     """Register the import hook (idempotent)."""
     if "torchvision" not in sys.modules and _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+
+
+def prepare_command_line() -> None:
+    """What Kedro calls before it imports plugins (entry point ``kedro.init``).
+
+    MLflow warns of a class inside kedro-mlflow when it is defined. It is defined here, where nobody has to read that.
+    """
+    install()
+    with warnings.catch_warnings(record=True), contextlib.suppress(ImportError):  # filters are no help: MLflow sets its own
+        importlib.import_module("kedro_mlflow.mlflow")

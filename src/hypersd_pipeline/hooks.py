@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from pydantic import BaseModel, ValidationError
 from hypersd_pipeline import checks
 from hypersd_pipeline.config_loader import ProjectConfigLoader
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.files import fingerprint
+from hypersd_pipeline.files import fingerprint, lock
 from hypersd_pipeline.io import tracking
 from hypersd_pipeline.io.journal import PIPELINE, Delivery, Journal, Sender, folder_id, milliseconds, send_left
 from hypersd_pipeline.io.metrics import MetricsDataset
 from hypersd_pipeline.io.mlflow_store import connect, reason, this_process
-from hypersd_pipeline.masking import mask_logs, masked
+from hypersd_pipeline.logs import prepare_logs, set_subject
+from hypersd_pipeline.masking import masked
+from hypersd_pipeline.order import by_stage
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,79 @@ class ChecksHook:
         checks.check_inputs(pipeline, catalog, run_params["env"])
         checks.check_starts(pipeline, catalog)
         checks.check_models(pipeline, catalog)
+
+
+class OrderHook:
+    """Lets a run finish a stage before it begins another, so that the metrics of a stage are there before the next one trains."""
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline) -> None:
+        """The runner walks through `nodes`."""
+        pipeline.nodes = by_stage(pipeline)
+
+
+class LogHook:
+    """Lets each line of the log name its stage and the model that the stage makes."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, str] = {}
+
+    @hook_impl
+    def before_pipeline_run(self, pipeline: Pipeline) -> None:
+        """Find the model that each stage makes: the first of its outputs that is one."""
+        self._models = {}
+        for node in pipeline.nodes:
+            made = next((name for name in node.outputs if name.startswith("lora_") or name == "one_step_unet"), None)
+            if node.namespace and made:
+                self._models.setdefault(node.namespace, made)
+
+    @hook_impl
+    def before_node_run(self, node: Node) -> None:
+        """From here on lines are about this node: its stage, or its name where it belongs to none."""
+        stage = node.namespace or node.name
+        model = self._models.get(stage, stage)
+        set_subject(stage if model == stage else f"{stage}: {model}")
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        """The last lines are about the run."""
+        set_subject("")
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        """The same after an error."""
+        set_subject("")
+
+
+class LockHook:
+    """Two runs never make the same thing at once: the node that writes it is locked in the data folder of the environment.
+
+    Another run's stage is refused at once. What is short and shared by pipelines, such as the reference of an evaluation, is waited for.
+    """
+
+    def __init__(self) -> None:
+        self._held = ExitStack()
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Find the data folder."""
+        self._folder = _data_folder(context, ".locks")
+
+    @hook_impl
+    def before_node_run(self, node: Node) -> None:
+        """Raises UserError naming the process that runs this node with the same data folder."""
+        self._held.close()  # what the node before wrote is saved by now
+        self._held.enter_context(lock(self._folder / node.name, node.name, seconds=0 if node.namespace else 60))
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        """Let others in."""
+        self._held.close()
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        """Let others in."""
+        self._held.close()
 
 
 class ResultsHook:
@@ -98,7 +174,7 @@ class TrackingHook:
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
         """Read mlflow.yml. Nothing is connected to yet. Raises UserError for a key or value that it cannot have."""
-        mask_logs()
+        prepare_logs()
         self._config, self._folder = _mlflow_config(context), _journals(context)
         context.__setattr__("mlflow", self._config)  # for the commands of kedro-mlflow
 
@@ -284,7 +360,12 @@ def _address(root: Path, given: str) -> str:
 
 
 def _journals(context: KedroContext) -> Path:
-    loader, below = context.config_loader, "08_reporting/tracking"
+    return _data_folder(context, "08_reporting/tracking")
+
+
+def _data_folder(context: KedroContext, below: str) -> Path:
+    """A folder below the environment's own data folder."""
+    loader = context.config_loader
     folder = loader.data_folder(below) if isinstance(loader, ProjectConfigLoader) else f"data/{below}"
     return Path(context.project_path) / folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -33,21 +32,3 @@ def _secrets() -> Iterator[str]:
         for user_info in _USER_INFO.findall(value):
             password = user_info.partition(":")[2]
             yield from (form for form in (password, unquote(password)) if len(form) >= _SHORTEST)
-
-
-class _MaskedFormatter(logging.Formatter):
-    """Another formatter, of whose lines (tracebacks too) secrets are masked."""
-
-    def __init__(self, plain: logging.Formatter | None) -> None:
-        super().__init__()
-        self._plain = plain or logging.Formatter()
-
-    def format(self, record: logging.LogRecord) -> str:
-        return masked(self._plain.format(record))
-
-
-def mask_logs() -> None:
-    """Mask the secrets of all that the handlers of the program and of MLflow, which has its own, write from now on."""
-    for handler in [*logging.getLogger().handlers, *logging.getLogger("mlflow").handlers]:
-        if not isinstance(handler.formatter, _MaskedFormatter):
-            handler.setFormatter(_MaskedFormatter(handler.formatter))

@@ -7,7 +7,7 @@ from kedro.utils import find_kedro_project
 from omegaconf.resolvers import oc
 
 from hypersd_pipeline.config_loader import ProjectConfigLoader
-from hypersd_pipeline.hooks import ChecksHook, DvcHook, ResultsHook, TrackingHook
+from hypersd_pipeline.hooks import ChecksHook, DvcHook, LockHook, LogHook, OrderHook, ResultsHook, TrackingHook
 
 
 def project_root() -> Path:
@@ -28,7 +28,7 @@ def mlflow_artifacts() -> str | None:
 
 
 # The last registered hook is called first: checks come before anything is recorded.
-HOOKS = (ResultsHook(), DvcHook(), TrackingHook(), ChecksHook())
+HOOKS = (ResultsHook(), DvcHook(), TrackingHook(), LockHook(), LogHook(), OrderHook(), ChecksHook())
 # TrackingHook takes the place of kedro-mlflow's hook.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow", "kedro-telemetry")
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from hypersd_pipeline.config import Strict
+from hypersd_pipeline.config import Count, Strict
 from hypersd_pipeline.data.reading import is_split_name, is_text, leads_out, plain
 from hypersd_pipeline.data.twemoji import TwemojiConfig
 
@@ -147,10 +147,10 @@ class DataConfig(Strict):
     """
 
     source: Annotated[Source, Field(discriminator="kind")]
-    max_images: int | None = Field(default=None, ge=1)
-    max_captions: int | None = Field(default=None, ge=1)
+    max_images: Count | None = None
+    max_captions: Count | None = None
     dtype: Dtype = "float32"
     text_dtype: Dtype = "float32"
-    shard_rows: int = Field(default=1024, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    workers: int = Field(default=4, ge=1)
+    shard_rows: Count = 1024
+    batch_size: Count = 64
+    workers: int = Field(default=4, ge=1, le=1024)

@@ -18,7 +18,7 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
-from hypersd_pipeline.config import Seed, Strict
+from hypersd_pipeline.config import Count, Seed, Strict
 from hypersd_pipeline.data.degradations import degrade
 from hypersd_pipeline.data.images import MAX_BYTES, decode_image, fit, load_image
 from hypersd_pipeline.data.reading import BadFile, is_text, leads_out, lines_of, parse_line, read_inside
@@ -53,10 +53,10 @@ class PreferencesConfig(Strict):
     file: Path | None = None
     images: int = Field(default=3000, ge=4)
     test_images: int = Field(default=500, ge=2)
-    degraded: int = Field(default=2, ge=1)
-    wrong_captions: int = Field(default=4, ge=1)
+    degraded: Count = 2
+    wrong_captions: Count = 4
     similar_captions: int = Field(default=8, ge=0)
-    neighbours: int = Field(default=16, ge=1)
+    neighbours: Count = 16
     seed: Seed = 0
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from hypersd_pipeline.config import Seed, Strict
+from hypersd_pipeline.config import Count, Seed, Strict
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import file_sha256, write_text
 
@@ -72,11 +72,11 @@ class TwemojiConfig(Strict):
     """
 
     names: int = Field(default=320, ge=300)
-    unseen_names: int = Field(default=40, ge=1)
-    train: int = Field(default=8000, ge=1)
-    val: int = Field(default=500, ge=1)
-    test: int = Field(default=1000, ge=1)
-    test_unseen: int = Field(default=500, ge=1)
+    unseen_names: Count = 40
+    train: Count = 8000
+    val: Count = 500
+    test: Count = 1000
+    test_unseen: Count = 500
     seed: Seed = 0
 
 

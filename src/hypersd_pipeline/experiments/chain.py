@@ -16,6 +16,7 @@ from hypersd_pipeline.evaluation.bench import evaluate_lora, evaluate_teacher, e
 from hypersd_pipeline.evaluation.results import long_table
 from hypersd_pipeline.experiments.cells import Cell, step_forwards
 from hypersd_pipeline.files import content_hashes, fingerprint
+from hypersd_pipeline.logs import about
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA, combine
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
@@ -121,10 +122,11 @@ class Chain:
             return {self._label(model): record for model, record in found.items() if record is not None}
         records = {}
         for model, stage in self.cell.stages.items():
-            evaluate = self._train(model, stage)
-            if model in recorded:
-                parameters = {"stages": [self.identities[m] for m in models[: models.index(model) + 1]]}
-                records[self._label(model)] = self.setting.records.once(self._name(model), self._key(model), parameters, evaluate)
+            with about(self._name(model) if self.cell.each else f"{self._name(model)}: {model}"):
+                evaluate = self._train(model, stage)
+                if model in recorded:
+                    parameters = {"stages": [self.identities[m] for m in models[: models.index(model) + 1]]}
+                    records[self._label(model)] = self.setting.records.once(self._name(model), self._key(model), parameters, evaluate)
         return records
 
     def _label(self, model: str) -> str:

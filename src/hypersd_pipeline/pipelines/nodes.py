@@ -26,24 +26,6 @@ EVALUATION = {"teacher": "params:teacher", "reference": "evaluation_reference", 
 """What every evaluation of a model reads besides the model."""
 
 
-class EvaluationNode(Node):
-    """A node that Kedro runs before all others that are ready: the metrics of a stage are there before the next stage trains.
-
-    Kedro sorts the nodes that are ready by name, so that `tscd_k4.train` would come before `tscd_k8.evaluate`.
-    """
-
-    def _copy(self, **overwrite_params: Any) -> EvaluationNode:
-        node = super()._copy(**overwrite_params)
-        node.__class__ = EvaluationNode  # Kedro makes a plain Node of it when it moves it into a namespace
-        return node  # type: ignore[return-value]
-
-    def __lt__(self, other: Any) -> bool:
-        return super().__lt__(other) if isinstance(other, EvaluationNode) else isinstance(other, Node)
-
-    def __gt__(self, other: Any) -> bool:
-        return isinstance(other, EvaluationNode) and other < self
-
-
 def reference_node() -> Node:
     """The prompts and features that every evaluation compares with. One for all pipelines."""
     return Node(prepare_reference, ["manifest", "params:teacher", "params:evaluation"], "evaluation_reference", name="prepare_reference")
@@ -89,7 +71,7 @@ def distil_pipeline(namespace: str, name: str, previous: str | None = None, tags
     train = {"latents": "latents", "teacher": "params:teacher", "stage": "params:stage", **HANDLES, **start}
     nodes = [
         Node(distil_node, train, ["lora", "report"], name="train"),
-        EvaluationNode(evaluate_lora, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
+        Node(evaluate_lora, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
     ]
     return _staged(nodes, namespace, name, {"previous": f"lora_{previous}"} if previous else {}, tags)
 
@@ -106,7 +88,7 @@ def unified_pipeline(namespace: str, name: str, before: list[Node], inputs: dict
         *before,
         Node(pairs_node, shared, "pairs", name="pairs"),
         Node(unified_node, {**shared, "pairs": "pairs", **HANDLES}, ["lora", "report"], name="train"),
-        EvaluationNode(evaluate_lora, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
+        Node(evaluate_lora, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
     ]
     return _staged(nodes, namespace, name, inputs, tags)
 

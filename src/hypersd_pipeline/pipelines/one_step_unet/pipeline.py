@@ -12,7 +12,7 @@ from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.evaluation.bench import evaluate_unet
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig
-from hypersd_pipeline.pipelines.nodes import EVALUATION, HANDLES, EvaluationNode, pairs_node
+from hypersd_pipeline.pipelines.nodes import EVALUATION, HANDLES, pairs_node
 from hypersd_pipeline.recipes.one_step import choose_start, train_unet
 from hypersd_pipeline.recipes.stage import Outputs
 from hypersd_pipeline.training.checkpoints import CheckpointStore
@@ -41,7 +41,7 @@ def create_pipeline(**_: Any) -> Pipeline:
             Node(choose_start, ["distilled", "feedback_lora", "params:stage"], "start", name="start"),
             Node(pairs_node, shared, "pairs", name="pairs"),
             Node(unet_node, {**shared, "pairs": "pairs", **HANDLES}, ["unet", "report"], name="train"),
-            EvaluationNode(evaluate_unet, {"unet": "unet", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
+            Node(evaluate_unet, {"unet": "unet", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
         ],
         namespace="one_step_unet",
         parameters={"params:teacher", "params:evaluation"},
