@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,12 @@ def test_diffusers_draws_with_the_unified_lora_what_we_measure(smoke, steps):
     more = {"timesteps": timesteps.tolist()} if steps == 1 else {"num_inference_steps": steps}
     theirs = pipeline(prompts, latents=noise, guidance_scale=0, eta=0.0, output_type="pt", **more).images
     assert torch.allclose(ours, theirs.float(), atol=1e-3)
+
+
+def test_the_readme_samples_in_a_fresh_process(smoke, run):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = code.replace("data/06_models", "data/smoke/06_models")
+    assert run(sys.executable, "-c", f"{code}\nprint(image.size)").stdout.strip() == "(64, 64)"
 
 
 def test_the_notebook_draws_with_all_that_was_made(smoke, monkeypatch):

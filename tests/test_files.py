@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -189,6 +190,50 @@ def test_no_space_is_one_sentence_and_what_was_there_stays(tmp_path: Path, write
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+_ON_A_FULL_DISK = """
+import subprocess, sys
+from pathlib import Path
+import torch
+from hypersd_pipeline import files
+from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+
+folder = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+store = CheckpointStore(folder / "checkpoints")
+store.save(1, "key", {"x": torch.ones(1000)})
+files.write_tensors(folder / "lora.safetensors", {"x": torch.ones(1000)})
+before = (folder / "lora.safetensors").read_bytes()
+big = {"x": torch.ones(1_000_000)}
+for write in (
+    lambda: store.save(2, "key", big),
+    lambda: files.write_tensors(folder / "lora.safetensors", big),
+    lambda: files.write_text(folder / "results.md", "x" * 4_000_000),
+):
+    try:
+        write()
+    except UserError as error:
+        print(error)
+found = CheckpointStore(folder / "checkpoints").load("key")
+assert found is not None and found[0] == 1 and found[1]["x"].sum() == 1000
+assert (folder / "lora.safetensors").read_bytes() == before and not (folder / "results.md").exists()
+"""
+
+
+def test_a_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
+    """A tmpfs of 1 MB, in a mount namespace of its own."""
+    (tmp_path / "disk").mkdir()
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    tried = ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "disk")]
+    if shutil.which("unshare") is None or subprocess.run([*namespace, *tried], capture_output=True).returncode:
+        pytest.skip("this system lets the user mount nothing")
+    done = subprocess.run([*namespace, sys.executable, "-c", _ON_A_FULL_DISK, str(tmp_path / "disk")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and all("no space is left for it" in line for line in lines)
+    assert [name in line for name, line in zip(("checkpoints", "lora.safetensors", "results.md"), lines, strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize(

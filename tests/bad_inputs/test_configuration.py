@@ -24,7 +24,7 @@ from hypersd_pipeline.settings import CONFIG_LOADER_ARGS
 from hypersd_pipeline.training.config import StageConfig
 from hypersd_pipeline.training.loop import LoopConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
