@@ -28,9 +28,13 @@ def about(subject: str) -> Iterator[None]:
         _subject.reset(token)
 
 
+_UNHELPFUL = {"kedro.runner": ("--async", "resume the pipeline run"), "kedro_viz": ("Workflow tracking is disabled",)}
+"""What other packages say that no user of this project can act on, by logger: ``--async`` is refused, and the same command continues."""
+
+
 def _is_helpful(record: logging.LogRecord) -> bool:
-    """Not two hints of Kedro's runner: at ``--async``, which is refused here, and at ``--from-nodes``, where the same command continues."""
-    return not (record.name.startswith("kedro.runner") and ("--async" in str(record.msg) or "resume the pipeline run" in str(record.msg)))
+    said = str(record.msg)
+    return not any(record.name.startswith(name) and any(words in said for words in some) for name, some in _UNHELPFUL.items())
 
 
 class _Formatter(logging.Formatter):
