@@ -217,6 +217,21 @@ def test_an_empty_list_extends_nothing(conf):
     assert loader(conf({"mine/parameters.yml": "extends: []\na: 1\n"}), "mine")["parameters"] == {"a": 1}
 
 
+def test_a_section_that_one_environment_switches_off_stays_off_in_the_next(conf):
+    folder = conf(
+        {
+            "base/parameters.yml": "terms: {a: {size: 8, weight: 1}, b: {size: 8}, c: null}\nlimit: 5\nown: {x: 1}",
+            "mine/parameters.yml": "terms: {a: null}\nlimit: null",
+            "trial/parameters.yml": "terms: {a: {size: 1}, b: {size: 1}, c: {size: 1}, d: {size: 1}}\nlimit: 2\nown: {x: 2}",
+            "both/parameters.yml": "extends: [mine, trial]",
+            "again/parameters.yml": "extends: [mine, trial]\nterms: {a: {size: 3}}",
+        }
+    )
+    rest = {"b": {"size": 1}, "c": {"size": 1}, "d": {"size": 1}}
+    assert loader(folder, "both")["parameters"] == {"terms": {"a": None, **rest}, "limit": 2, "own": {"x": 2}}
+    assert loader(folder, "again")["parameters"]["terms"]["a"] == {"size": 3}
+
+
 @pytest.mark.parametrize(("base", "resolution"), [("sd15", 512), ("sdxl", 1024)])
 def test_the_readme_s_environment_of_one_s_own_is_valid(tmp_path, base, resolution):
     text = (CONF.parent / "README.md").read_text()

@@ -151,9 +151,13 @@ class ProjectConfigLoader(OmegaConfigLoader):
         return base, own, base_path, own_path, files
 
     def _merge_configs(self, config: dict[str, Any], env_config: dict[str, Any], key: str, env_path: str) -> Any:
-        """Lay the extended environments over `config` in order, then the run's own `env_config`."""
+        """Lay the extended environments over `config` in order, then the run's own `env_config`.
+
+        A section that one extended environment sets to null stays null in the next, such as a term in ``extends: [mine, trial]``.
+        """
+        base = config
         for path, files in self._extended.items():
-            config = super()._merge_configs(config, self._merge_and_resolve(key, files), key, path)
+            config = super()._merge_configs(config, _without_null_sections(self._merge_and_resolve(key, files), config, base), key, path)
         return super()._merge_configs(config, env_config, key, env_path)
 
     def _with_extended(self, chain: tuple[str, ...]) -> list[str]:
@@ -297,6 +301,19 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
+
+
+def _without_null_sections(over: dict[str, Any], under: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`over` without the sections that are null in `under` and are not in `base`."""
+    found = {}
+    for key, value in over.items():
+        below, before = under.get(key), base.get(key)
+        if isinstance(value, dict) and key in under and below is None and before is not None:
+            continue
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = _without_null_sections(value, below, before if isinstance(before, dict) else {})
+        found[key] = value
+    return found
 
 
 def lookup(values: Any, path: list[str]) -> Any:
