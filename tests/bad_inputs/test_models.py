@@ -57,7 +57,7 @@ def checked(folders: dict[str, Path]) -> CheckedTeacher:
     return check_teacher(TeacherConfig(source=str(folders["sd15"])))
 
 
-def refused(action: Callable[[], Any], *words: str) -> None:
+def assert_refused(action: Callable[[], Any], *words: str) -> None:
     """One sentence, with the words."""
     with pytest.raises(UserError) as caught:
         action()
@@ -349,7 +349,7 @@ def _more_tokens(folder: Path) -> None:
 def test_a_teacher_with_one_fault_is_refused(folders, tmp_path, layout, fault, words):
     folder = shutil.copytree(folders[layout], tmp_path / layout)
     fault(folder)
-    refused(lambda: check_teacher(TeacherConfig(source=str(folder))), *words)
+    assert_refused(lambda: check_teacher(TeacherConfig(source=str(folder))), *words)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_a_refusal_is_not_remembered_and_a_change_is_seen(folders, tmp_path):
     whole = (folder / UNET).read_bytes()
     poison(UNET, float("nan"))(folder)
     for _ in range(2):
-        refused(lambda: check_teacher(TeacherConfig(source=str(folder))), "NaN")
+        assert_refused(lambda: check_teacher(TeacherConfig(source=str(folder))), "NaN")
     (folder / UNET).write_bytes(whole)
     check_teacher(TeacherConfig(source=str(folder)))
 
@@ -424,7 +424,7 @@ def test_each_target_module_must_match(checked, targets, wrong):
     if wrong is None:
         checked.check_targets("tscd_k8.stage", targets)
     else:
-        refused(lambda: checked.check_targets("tscd_k8.stage", targets), "tscd_k8.stage.lora.target_modules", wrong)
+        assert_refused(lambda: checked.check_targets("tscd_k8.stage", targets), "tscd_k8.stage.lora.target_modules", wrong)
 
 
 # --- LoRAs and contracts -----------------------------------------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ LORAS: list[tuple[str, dict[str, torch.Tensor], dict[str, Any], dict[str, str], 
 @pytest.mark.parametrize(("values", "contract", "metadata", "words"), [row[1:] for row in LORAS], ids=[row[0] for row in LORAS])
 def test_a_lora_with_one_fault_is_refused(checked, tmp_path, values, contract, metadata, words):
     save_file(values, tmp_path / WEIGHTS, {"sampling_contract": json.dumps({**CONTRACT, **contract}), **metadata})
-    refused(lambda: LoRADataset(filepath=str(tmp_path)).check(checked.shapes, 1000), WEIGHTS, *words)
+    assert_refused(lambda: LoRADataset(filepath=str(tmp_path)).check(checked.shapes, 1000), WEIGHTS, *words)
 
 
 def test_a_good_lora_passes(checked, tmp_path):
@@ -498,7 +498,7 @@ def test_a_good_lora_passes(checked, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"\x08\x00\x00\x00\x00\x00\x00\x00[1, 2]  "])
 def test_a_lora_that_is_no_safetensors_file_is_named(checked, tmp_path, content):
     (tmp_path / WEIGHTS).write_bytes(content)
-    refused(lambda: LoRADataset(filepath=str(tmp_path)).check(checked.shapes, 1000), WEIGHTS, "damaged")
+    assert_refused(lambda: LoRADataset(filepath=str(tmp_path)).check(checked.shapes, 1000), WEIGHTS, "damaged")
 
 
 UNETS: list[tuple[str, Callable[[Path], Any], list[str]]] = [
@@ -519,7 +519,7 @@ def test_a_one_step_unet_with_one_fault_is_refused(folders, checked, tmp_path, f
     text("sampling_contract.json", '{"data_rows": "x", "timesteps": [800]}')(folder)
     check_network(folder, checked.shapes, 1000)
     fault(folder)
-    refused(lambda: check_network(folder, checked.shapes, 1000), str(folder), *words)
+    assert_refused(lambda: check_network(folder, checked.shapes, 1000), str(folder), *words)
 
 
 # --- judges ------------------------------------------------------------------------------------------------------------------------------
@@ -572,7 +572,7 @@ OWN: list[tuple[str, str, Callable[..., Any], bool, list[str]]] = [
 def test_a_judge_of_our_own_with_one_fault_is_refused(tmp_path, name, change, rehash, words):
     path = rewritten(packaged(name), tmp_path / "judge.safetensors", change, rehash=rehash)
     judge = SoloConfig(kind="solo", weights=str(path)) if name == "segmentation_model" else TextImageConfig(weights=path)
-    refused(judge.check, str(path), *words)
+    assert_refused(judge.check, str(path), *words)
 
 
 def test_packaged_judges_are_good():
@@ -583,10 +583,10 @@ def test_packaged_judges_are_good():
 
 
 def test_a_judge_of_this_project_is_no_teacher_of_itself(tmp_path):
-    refused(TextImageConfig(weights=tmp_path / "none.safetensors").check, "none.safetensors", "does not exist")
-    refused(TextImageConfig(weights=packaged("segmentation_model")).check, "segmentation_model.safetensors")
+    assert_refused(TextImageConfig(weights=tmp_path / "none.safetensors").check, "none.safetensors", "does not exist")
+    assert_refused(TextImageConfig(weights=packaged("segmentation_model")).check, "segmentation_model.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
-    refused(TextImageConfig(weights=tmp_path / "text.safetensors").check, "text.safetensors", "not a safetensors file")
+    assert_refused(TextImageConfig(weights=tmp_path / "text.safetensors").check, "text.safetensors", "not a safetensors file")
 
 
 def head_file(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
@@ -610,7 +610,7 @@ def test_published_weights_with_one_fault_are_refused(tmp_path, change, words):
     from hypersd_pipeline.models.tensors import shapes_of
 
     path = head_file(tmp_path / "head.pth", change)
-    refused(lambda: check_weights(path, 24, lambda: shapes_of(lambda: PredictorHead(24))), str(path), *words)
+    assert_refused(lambda: check_weights(path, 24, lambda: shapes_of(lambda: PredictorHead(24))), str(path), *words)
 
 
 class Bomb:
@@ -673,7 +673,7 @@ def test_a_judge_with_one_fault_is_refused_and_runs_no_code(tmp_path, judge, wor
     torch.save({"x": torch.zeros(1)}, tmp_path / "file.pth")
     torch.save({"x": Bomb(tmp_path / "ran")}, tmp_path / "bomb.pth")
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    refused(judge(tmp_path), *words)
+    assert_refused(judge(tmp_path), *words)
     assert not (tmp_path / "ran").exists()
 
 
@@ -687,10 +687,10 @@ def test_inception_is_never_unpickled_freely(tmp_path):
     digest = hashlib.sha256((tmp_path / "bomb.pth").read_bytes()).hexdigest()
     given = FeatureConfig(kind="inception", weights=tmp_path / "bomb.pth", sha256=digest)
     for action in (given.check, lambda: load_features(given)):
-        refused(action, "bomb.pth", "tensors only")
+        assert_refused(action, "bomb.pth", "tensors only")
     torch.save({"x": torch.zeros(1)}, tmp_path / "small.pth")
     digest = hashlib.sha256((tmp_path / "small.pth").read_bytes()).hexdigest()
-    refused(FeatureConfig(kind="inception", weights=tmp_path / "small.pth", sha256=digest).check, "small.pth", "not the FID's")
+    assert_refused(FeatureConfig(kind="inception", weights=tmp_path / "small.pth", sha256=digest).check, "small.pth", "not the FID's")
     assert not (tmp_path / "ran").exists()
 
 
@@ -707,7 +707,7 @@ def feedback(trained: Path, held_out: Path) -> FeedbackConfig:
 def test_the_held_out_reward_is_none_of_those_trained_on(tmp_path):
     copy = shutil.copy(packaged("text_image_reward"), tmp_path / "other_name.safetensors")
     feedback(packaged("text_image_reward"), packaged("held_out_reward")).check_judges()
-    refused(feedback(packaged("text_image_reward"), Path(copy)).check_judges, "held_out", "terms.reward")
-    refused(feedback(packaged("held_out_reward"), packaged("text_image_reward")).check_judges, "terms.reward", "held-out reward")
-    refused(feedback(tmp_path / "none", packaged("held_out_reward")).check_judges, "terms.reward", "none")
-    refused(feedback(packaged("text_image_reward"), tmp_path / "none").check_judges, "held_out", "none")
+    assert_refused(feedback(packaged("text_image_reward"), Path(copy)).check_judges, "held_out", "terms.reward")
+    assert_refused(feedback(packaged("held_out_reward"), packaged("text_image_reward")).check_judges, "terms.reward", "held-out reward")
+    assert_refused(feedback(tmp_path / "none", packaged("held_out_reward")).check_judges, "terms.reward", "none")
+    assert_refused(feedback(packaged("text_image_reward"), tmp_path / "none").check_judges, "held_out", "none")
