@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.io import CheckpointsDataset, ImageDataset, LoRADataset, MetricsDataset, MetricStreamDataset
+from hypersd_pipeline.io.lora import model_card
 from hypersd_pipeline.models.lora import LoRA
 
 CONTRACT = {
@@ -117,3 +118,10 @@ def test_images_are_lossless(tmp_path):
 def test_handles_refuse_to_be_outputs(tmp_path, dataset):
     with pytest.raises(Exception, match="input of a node"):
         dataset(filepath=str(tmp_path / "x")).save(object())
+
+
+def test_the_card_names_the_timestep_of_one_step_only_where_one_step_is_taken():
+    contract = {**CONTRACT, "one_step_timesteps": [800]}
+    four, one = (model_card("x", {"sampling_contract": json.dumps({**contract, "steps": steps})}) for steps in (4, 1))
+    assert "num_inference_steps=4, guidance_scale=0, eta=0.0)" in four
+    assert "num_inference_steps=1, guidance_scale=0, eta=0.0, timesteps=[800])" in one

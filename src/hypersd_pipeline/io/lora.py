@@ -35,7 +35,7 @@ pipeline = DiffusionPipeline.from_pretrained("{teacher}")  # the model that this
 pipeline.load_lora_weights("path/to/{name}")
 pipeline.fuse_lora()
 pipeline.scheduler = {scheduler}.from_pretrained("path/to/{name}")
-image = pipeline("a prompt", num_inference_steps={steps}, guidance_scale={pipeline_guidance}{eta}{timesteps}).images[0]
+image = pipeline("a prompt", {arguments}).images[0]
 ```
 """
 
@@ -57,20 +57,18 @@ def sampling_contract(metadata: dict[str, str]) -> dict[str, Any]:
 
 def model_card(name: str, metadata: dict[str, str]) -> str:
     """A README with how to sample from the LoRA: the contract's rows and a snippet for diffusers."""
+    from hypersd_pipeline.models.contract import sampling_arguments
+
     contract = sampling_contract(metadata)
     rows = [f"| {key} | `{value}` |" for key, value in contract.items() if key != "scheduler_config"]
-    guidance = float(contract.get("guidance_scale", 1.0))
     teacher = metadata.get("teacher", "the teacher")
     return _CARD.format(
         name=name,
-        steps=contract.get("steps", 4),
         sampled="one- to eight-step" if contract.get("timestep_spacing") == "tcd" else f"{contract.get('steps', 4)}-step",
         teacher="src/hypersd_pipeline/assets/teacher" if teacher == "shipped" else teacher,
         contract="\n".join(["", "| sampling | |", "|-|-|", *rows, ""]),
         scheduler=contract.get("scheduler", "DDIMScheduler"),
-        pipeline_guidance=guidance if guidance > 1 else 0,  # diffusers turns guidance off for any value up to 1
-        eta=f", eta={contract['eta']}" if "eta" in contract else "",
-        timesteps=f", timesteps={contract['one_step_timesteps']}" if "one_step_timesteps" in contract else "",  # steps is 1 then
+        arguments=sampling_arguments(contract),
     )
 
 

@@ -74,8 +74,17 @@ class Contract:
         Raises:
             UserError: it carries none that can be read, or asks for guidance.
         """
+        return cls.read(lora.metadata.get("sampling_contract"))
+
+    @classmethod
+    def read(cls, text: str | None) -> Contract:
+        """The contract that `to_json` wrote.
+
+        Raises:
+            UserError: it cannot be read, or asks for guidance.
+        """
         try:
-            contract = json.loads(lora.metadata["sampling_contract"])
+            contract = json.loads(text or "")
             grid_name = contract.get("timestep_spacing", "trailing")
             steps, guidance = int(contract["steps"]), float(contract["guidance_scale"])
             if isinstance(contract["steps"], bool) or steps != float(contract["steps"]) or not math.isfinite(guidance):
@@ -106,3 +115,21 @@ class Contract:
                     f"LoRA: its sampling_contract has the timestep {told}, but the teacher's end at {num_train_timesteps - 1}; "
                     f"use it with the teacher that it was trained on."
                 )
+
+
+def sampling_arguments(contract: Mapping[str, Any], steps: int | None = None) -> str:
+    """The arguments of a call of diffusers' pipeline, as code.
+
+    Args:
+        contract: of `Contract.to_json`, read. steps: another number of them than the contract's.
+    """
+    steps = contract.get("steps", 4) if steps is None else steps
+    guidance = float(contract.get("guidance_scale", 1.0))
+    given = contract.get("one_step_timesteps", contract.get("timesteps")) if steps == 1 else None
+    arguments = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance if guidance > 1 else 0,  # diffusers turns guidance off for any value up to 1
+        **({"eta": contract["eta"]} if "eta" in contract else {}),
+        **({} if given is None else {"timesteps": given}),
+    }
+    return ", ".join(f"{name}={value}" for name, value in arguments.items())
