@@ -19,6 +19,7 @@ from hypersd_pipeline.pipelines import (
     baselines,
     data_prep,
     dmd,
+    export,
     feedback,
     one_step_unet,
     replicates,
@@ -34,7 +35,7 @@ from hypersd_pipeline.training.config import StageConfig
 CONF = Path(__file__).parents[1] / "conf"
 MINE = "conf/mine/parameters.yml: "
 PIPELINES = {module.__name__.rsplit(".", 1)[1]: module.create_pipeline() for module in (tscd, dmd, baselines, ablation, replicates)}
-OTHERS = {m.__name__: m.create_pipeline() for m in (one_step_unet, reward_models, segmentation_model, teacher, unified_sampling)}
+OTHERS = {m.__name__: m.create_pipeline() for m in (export, one_step_unet, reward_models, segmentation_model, teacher, unified_sampling)}
 PIPELINES["feedback"] = data_prep.create_pipeline() + feedback.create_pipeline()
 
 

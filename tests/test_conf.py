@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import unets
 import yaml
 
 from hypersd_pipeline.config_loader import ProjectConfigLoader
@@ -15,6 +16,7 @@ from hypersd_pipeline.data.preferences import PreferencesConfig
 from hypersd_pipeline.diffusion.grids import boundaries, check_grid, solver_grid
 from hypersd_pipeline.evaluation.ways import SamplingWaysConfig
 from hypersd_pipeline.experiments.cells import AblationConfig, ReplicatesConfig, plan, plan_replicates
+from hypersd_pipeline.export.release import ExportConfig
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.recipes.distil import check_consistency
@@ -68,6 +70,7 @@ def check(values: dict[str, Any]) -> dict[str, StageConfig]:
         RewardTrainingConfig(**values[name]["training"])
     SegmentationModelConfig(**values["segmentation_model"])
     TeacherTrainingConfig(**values["teacher_training"])
+    ExportConfig(**values["export"])
     stages = stages_of(values)
     assert {f"{name}.stage" for name in stages} == {f"{name}.stage" for name, section in values.items() if "stage" in section}
     for name in DISTILLED:
@@ -187,21 +190,7 @@ def test_a_trial_of_any_environment_is_small(tmp_path, env):
     assert len(values["ablation"]["seeds"]) == len(values["replicates"]["seeds"]) == 1
 
 
-SDXL_UNET: dict[str, Any] = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
-
-@pytest.mark.parametrize(("env", "unet", "millions"), [("sd15", {"cross_attention_dim": 768}, 67.3), ("sdxl", SDXL_UNET, 196.8)])
+@pytest.mark.parametrize(("env", "unet", "millions"), [("sd15", unets.SD15, 67.3), ("sdxl", unets.SDXL, 196.8)])
 def test_loras_have_the_size_of_the_released_ones(env, unet, millions):
     lora = stages_of(parameters(env))["tscd_k8"].lora
     from diffusers import UNet2DConditionModel

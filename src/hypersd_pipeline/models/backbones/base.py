@@ -26,6 +26,7 @@ class Backbone(ABC):
         class_name: of the diffusers class that loads it.
         size_key: of its ``config.json``, the side of the latents that it was trained for.
         encoder_modules: a regular expression of the module names that `features` runs through.
+        input_names: what diffusers calls the inputs ``x_t``, ``t``, ``prompt_embeds``, ``pooled`` and ``sizes``, in this order.
         module: the network itself.
         dtype: of its weights.
     """
@@ -34,6 +35,7 @@ class Backbone(ABC):
     class_name: ClassVar[str]
     size_key: ClassVar[str]
     encoder_modules: ClassVar[str]
+    input_names: ClassVar[tuple[str, ...]]
 
     def __init__(self, module: Any) -> None:
         self.module: Any = module
@@ -109,6 +111,17 @@ class Backbone(ABC):
             UserError: this family has no reader, or the file is not for this network.
         """
         raise UserError(f"LoRAs of other programs cannot be read for {self.class_name}; start from the teacher.")
+
+    def kohya_name(self, module: str) -> str:
+        """The name that sd-scripts, ComfyUI and A1111 give a module, with dots.
+
+        Args:
+            module: its name in diffusers.
+
+        Raises:
+            UserError: these programs have no names for this family.
+        """
+        raise UserError(f"export.formats: kohya's layout has no names for {self.class_name}; leave kohya out.")
 
     def check_targets(self, target_modules: Iterable[str]) -> None:
         """Check the module-name endings of a LoRA, as peft matches them.

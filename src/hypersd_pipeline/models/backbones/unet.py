@@ -34,6 +34,7 @@ class UNetBackbone(Backbone):
     class_name = "UNet2DConditionModel"
     size_key = "sample_size"
     encoder_modules = "(down_blocks|mid_block)"
+    input_names = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See `Backbone`."""
@@ -128,6 +129,10 @@ class UNetBackbone(Backbone):
                     f"text_encoder_2; give a folder whose parts belong together."
                 )
 
+    def kohya_name(self, module: str) -> str:
+        """See `Backbone`. For 1.5 these are diffusers' names. For XL sd-scripts has the names of Stability AI's code."""
+        return sgm_name(module, self.module.config) if self.module.config.addition_embed_type == "text_time" else module
+
     def read_lora_pairs(self, file: Path) -> dict[str, tuple[Tensor, Tensor]]:
         """See `Backbone`. diffusers itself loads the file into an empty copy of the network, which then says what it computes."""
         from accelerate import init_empty_weights
@@ -157,6 +162,56 @@ class UNetBackbone(Backbone):
         if not pairs or given != len(pairs):
             raise UserError(f"of its {given} modules {len(pairs)} are in this network; use a LoRA of the same family as the teacher.")
         return pairs
+
+
+_OUTSIDE_BLOCKS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+
+
+def sgm_name(module: str, config: Any) -> str:
+    """The name of a UNet's module in Stability AI's code (sgm), which numbers all blocks of a half in one row.
+
+    diffusers has the way back only: `convert_ldm_unet_checkpoint`.
+
+    Args:
+        module: its name in diffusers. config: of the network.
+
+    Raises:
+        UserError: the blocks have numbers of layers that differ, or the module is none that a LoRA changes.
+    """
+    if module in _OUTSIDE_BLOCKS:
+        return _OUTSIDE_BLOCKS[module]
+    layers = config.layers_per_block
+    if not isinstance(layers, int):
+        raise UserError(f"export.formats: kohya's layout has no names for blocks with {layers} layers; leave kohya out.")
+    part, *place, kind, index, inner = _split(module)
+    if part == "mid_block":
+        return f"middle_block.1.{inner}" if kind == "attentions" else f"middle_block.{2 * int(index)}.{_RESNET[inner]}"
+    block, down = int(place[0]), part == "down_blocks"
+    if kind == "downsamplers":
+        return f"input_blocks.{(block + 1) * (layers + 1)}.0.op"
+    if kind == "upsamplers":
+        attends = "CrossAttn" in config.up_block_types[block]
+        return f"output_blocks.{block * (layers + 1) + layers}.{2 if attends else 1}.conv"
+    number = block * (layers + 1) + int(index) + (1 if down else 0)
+    row = "input_blocks" if down else "output_blocks"
+    return f"{row}.{number}.1.{inner}" if kind == "attentions" else f"{row}.{number}.0.{_RESNET[inner]}"
+
+
+def _split(module: str) -> list[str]:
+    """``down_blocks.0.resnets.1.conv1`` -> ``["down_blocks", "0", "resnets", "1", "conv1"]``. The mid block has no number."""
+    head = module.split(".", 3 if module.startswith("mid_block.") else 4)
+    kinds = ("resnets", "attentions", "downsamplers", "upsamplers")
+    if len(head) < 4 or head[-3] not in kinds or (head[-3] == "resnets" and head[-1] not in _RESNET):
+        raise UserError(f"export.formats: kohya's layout has no name for the module {module!r}; leave kohya out.")
+    return head
 
 
 def call_arguments(cond: Conditioning) -> dict[str, Any]:
