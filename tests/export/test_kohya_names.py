@@ -19,9 +19,11 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.export.kohya import to_kohya
+from hypersd_pipeline.files import write_tensors
 from hypersd_pipeline.models.backbones import UNetBackbone
 from hypersd_pipeline.models.backbones.unet import sgm_name
 from hypersd_pipeline.models.lora import LoRA
+from hypersd_pipeline.models.user_lora import read_user_lora
 
 RANK = 64
 LAYOUTS = {"sd15": unets.SD15, "sdxl": unets.SDXL}
@@ -181,6 +183,21 @@ def test_original_names_are_those_that_diffusers_reads_back(real):
     given |= {f"model.diffusion_model.out.0.{kind}": torch.tensor(-1.0) for kind in ("weight", "bias")}
     found = convert_ldm_unet_checkpoint(given, dict(config))
     assert {name: float(found[f"{name}.weight"]) for name in marks} == {name: float(mark) for name, mark in marks.items()}
+
+
+def test_diffusers_reads_every_module_of_the_real_networks_back(real, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    small = {
+        name: (torch.randn(1, *a.shape[1:], generator=generator), torch.ones(len(b), 1, *b.shape[2:]))
+        for name, (a, b) in real.lora.modules().items()
+    }
+    lora = LoRA(
+        {f"unet.{name}.lora_{half}.weight": tensor for name, pair in small.items() for half, tensor in zip("AB", pair, strict=True)}
+    )
+    backbone = UNetBackbone(real.network)
+    write_tensors(tmp_path / "x.safetensors", to_kohya(lora, backbone))
+    found = read_user_lora(tmp_path / "x.safetensors", backbone)
+    assert found.tensors.keys() == lora.tensors.keys() and all(torch.equal(found.tensors[k], v) for k, v in lora.tensors.items())
 
 
 @pytest.mark.parametrize("module", ["down_blocks.0.resnets.0.norm1", "encoder_hid_proj", "mid_block.gates.0.x"])

@@ -15,7 +15,7 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.export.card import card, usage
 from hypersd_pipeline.export.comfyui import simple_timesteps, workflow
 from hypersd_pipeline.export.kohya import kohya_metadata
-from hypersd_pipeline.export.release import ExportConfig, Release, check_release, release_of
+from hypersd_pipeline.export.release import ExportConfig, Release, check_export, release_of
 from hypersd_pipeline.models.backbones import UNetBackbone
 from hypersd_pipeline.models.contract import Contract
 
@@ -134,14 +134,23 @@ def test_simple_timesteps_are_near_those_of_tcd():
 def test_an_upload_without_a_base_model_is_refused():
     config = ExportConfig(license="openrail++", push_to_hub="me", formats=["kohya"])
     with pytest.raises(UserError, match=r"^export\.push_to_hub: the card needs the teacher's hub id, so set export\.base_model\.$"):
-        check_release(config, release(K4, source="/models/x", hub_id=None))
-    check_release(config, release(K4))
+        check_export(config, None)
+    check_export(config, "owner/base")
+    check_export(config.model_copy(update={"base_model": "owner/base"}), None)
 
 
 @pytest.mark.parametrize("wrong", [{"formats": []}, {"formats": ["ckpt"]}, {"base_model": "/models/x"}, {"push_to_hub": "me/name"}, {}])
 def test_values_that_cannot_be_meant_are_refused(wrong):
     with pytest.raises(ValidationError):
         ExportConfig(**({"license": "mit", **wrong} if wrong else {}))
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named(monkeypatch, package):
+    monkeypatch.setattr("hypersd_pipeline.export.release.find_spec", lambda name: None if name == package else object())
+    with pytest.raises(UserError, match=rf"onnx needs the package {package}; install it with pip install 'hypersd-pipeline\[onnx\]'"):
+        check_export(ExportConfig(license="mit"), None)
+    check_export(ExportConfig(license="mit", formats=["kohya"]), None)
 
 
 def test_a_contract_of_another_schedule_is_refused():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
@@ -88,10 +88,26 @@ def test_both_layouts_read_back_equal_and_compute_the_same_in_diffusers(tmp_path
     merge_lora(teacher.backbone.module, lora)
     merged = outputs(teacher.backbone.module, cond)
     assert (merged - plain).abs().max() > 0.01
+    assert _by_the_formula(folder / f"Hyper-{layout.upper()}-4steps-lora.safetensors") == pytest.approx(_by_merging(lora), rel=1e-5)
     for name in (None, f"Hyper-{layout.upper()}-4steps-lora.safetensors"):  # diffusers finds its own file in the folder by itself
         pipeline = tiny.load_pipeline(Path(config.source))
         pipeline.load_lora_weights(folder, **({} if name is None else {"weight_name": name}))
         torch.testing.assert_close(outputs(pipeline.unet, cond), merged, rtol=1e-4, atol=1e-4)
+
+
+def _by_the_formula(file: Path) -> list[float]:
+    """What ComfyUI, A1111 and sd-scripts add to the weights: alpha / rank * up @ down. The norm of each addition."""
+    tensors = load_file(file)
+    norms = []
+    for name in {key.partition(".")[0] for key in tensors}:
+        down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+        norms.append(float((tensors[f"{name}.alpha"] / len(down) * up.flatten(1) @ down.flatten(1)).norm()))
+    return sorted(norms)
+
+
+def _by_merging(lora: LoRA) -> list[float]:
+    """The norms of what the project itself adds."""
+    return sorted(float((b.flatten(1) @ a.flatten(1)).norm()) for a, b in lora.modules().values())
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +149,7 @@ def test_every_file_carries_the_contract_and_none_a_path(everything):
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     assert set(files) == {
         "README.md", "grid.png", "pytorch_lora_weights.safetensors", "Hyper-SD15-4steps-lora.safetensors", "scheduler_config.json",
-        "sampling_contract.json", "comfyui_workflow.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "sampling_contract.json", "comfyui/4steps.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
         "onnx/model.onnx", "onnx/model.onnx.data", "onnx/check.json",
     }  # fmt: skip
     for name in ("pytorch_lora_weights.safetensors", "Hyper-SD15-4steps-lora.safetensors"):
@@ -186,13 +202,12 @@ def test_a_one_step_network_is_exported_without_a_lora(tmp_path):
         export_network(tmp_path / "trained", config, ExportConfig(**values, formats=["kohya"]), {}, GRID)
 
 
-def test_a_missing_package_is_named_before_anything_is_computed(tmp_path, monkeypatch):
+def test_what_is_missing_is_said_before_the_network_is_read(tmp_path):
     config = a_teacher(tmp_path, "sd15")
     lora = a_lora(config, Contract(4))
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnxruntime" else found(name, *more))
-    with pytest.raises(UserError, match=r"onnx needs the package onnxruntime; install it with pip install 'hypersd-pipeline\[onnx\]'"):
-        export_lora(lora, config, ExportConfig(license="mit"), METRICS, GRID)
+    (tmp_path / "sd15" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^export\.push_to_hub: the card needs the teacher's hub id"):
+        export_lora(lora, config, ExportConfig(license="mit", push_to_hub="me"), METRICS, GRID)
 
 
 def test_a_failed_export_leaves_the_old_folder(tmp_path):
@@ -256,14 +271,14 @@ def hub(monkeypatch) -> Iterator[type[Hub]]:
 
 def test_nothing_is_uploaded_without_the_flag_and_all_files_with_it(tmp_path, hub):
     config = a_teacher(tmp_path, "sd15")
-    values = {"formats": ["kohya"], "base_model": "owner/base", "license": "mit"}
-    folder = written(tmp_path / "export", a_lora(config, Contract(4)), config, **{k: v for k, v in values.items() if k != "license"})
-    publish(folder, ExportConfig(**values))
+    folder = written(tmp_path / "export", a_lora(config, Contract(4)), config, formats=["kohya"], base_model="owner/base")
+    publish(folder, ExportConfig(license="mit"))
     assert not hub.seen
-    publish(folder, ExportConfig(**values, push_to_hub="me"))
+    publish(folder, ExportConfig(license="mit", push_to_hub="me"))
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     created, (path, files) = hub.seen["created"], hub.seen["commit"]
     assert (created["organization"], created["name"]) == ("me", "Hyper-SD15-4steps-lora") and "private" in json.dumps(created)
-    assert path == "/api/models/me/Hyper-SD15-4steps-lora/commit/main" and files == {file.name for file in folder.iterdir()}
+    assert path == "/api/models/me/Hyper-SD15-4steps-lora/commit/main" and files == names
 
 
 def test_a_hub_that_refuses_is_one_sentence(tmp_path, hub):

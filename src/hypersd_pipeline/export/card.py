@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from hypersd_pipeline.export.comfyui import TCD_NODES, one_step_timestep, simple_timesteps, workflow
+from hypersd_pipeline.export.comfyui import TCD_NODES, as_json, one_step_timestep, simple_timesteps, workflow
 from hypersd_pipeline.export.release import Release
 from hypersd_pipeline.models.contract import sampling_arguments
 
@@ -22,9 +21,8 @@ def usage(release: Release) -> str:
     times = ", ".join(map(str, release.timesteps[steps]))
     eta = f", eta {contract['eta']}" if "eta" in contract else ""
     weight = ", LoRA weight 1" if release.lora else ""
-    return (
-        f"{contract['scheduler']}, {_steps(steps)} at {'timesteps' if steps > 1 else 'timestep'} {times}{eta}, no guidance (CFG 1){weight}."
-    )
+    at = "timesteps" if steps > 1 else "timestep"
+    return f"{contract['scheduler']}, {count_steps(steps)} at {at} {times}{eta}, no guidance (CFG 1){weight}."
 
 
 def card(release: Release, metrics: Mapping[str, Any], files: Mapping[str, str], folder: str) -> str:
@@ -53,13 +51,14 @@ def card(release: Release, metrics: Mapping[str, Any], files: Mapping[str, str],
     return str(ModelCard(f"---\n{header.to_yaml()}\n---\n" + "\n".join(part for part in parts if part)))
 
 
-def _steps(steps: int) -> str:
+def count_steps(steps: int) -> str:
+    """``1 step``, ``2 steps``."""
     return f"{steps} step" + ("s" if steps > 1 else "")
 
 
 def _opening(release: Release) -> str:
     many = list(release.timesteps)
-    steps = _steps(many[0]) if len(many) == 1 else f"{', '.join(map(str, many[:-1]))} or {_steps(many[-1])}"
+    steps = count_steps(many[0]) if len(many) == 1 else f"{', '.join(map(str, many[:-1]))} or {count_steps(many[-1])}"
     kind = "LoRA" if release.lora else "UNet"
     return f"# {release.name}\n\nA {kind} of {release.base} that samples in {steps}, without guidance.\n"
 
@@ -135,15 +134,15 @@ def _in_comfyui(release: Release) -> str:
     if nodes is None:
         parts.append(f"ComfyUI has no node of its own for a step from timestep {one_step_timestep(release)}.\n")
     else:
-        parts.append(f"`comfyui_workflow.json` samples in {_steps(steps)}. Send it to `/prompt`, or load it with ComfyUI's menu:\n")
-        parts.append(f"```json\n{json.dumps(nodes, indent=1)}\n```\n")
+        parts.append("`comfyui/` has a workflow for each number of steps. Load it with ComfyUI's menu, or send it to its server:\n")
+        parts.append(f"```json\n{as_json(nodes)}```\n")
     if not release.lora:
         return "\n".join(parts)
     parts.append("## A1111\n")
     if tcd:
-        parts.append("A1111 has no TCD sampler with an `eta`. Its *Euler* with the schedule type *Simple* is `eta` 0.\n")
+        parts.append("A1111 has no TCD sampler with an `eta`. Its *Euler* with the schedule type *Simple* is `eta` 0, from two steps on.\n")
     else:
-        parts.append(f"Sampling method *Euler*, schedule type *SGM Uniform*, {_steps(steps)}, CFG scale 1.\n")
+        parts.append(f"Sampling method *Euler*, schedule type *SGM Uniform*, {count_steps(steps)}, CFG scale 1.\n")
     return "\n".join(parts)
 
 
@@ -168,12 +167,12 @@ def _results(rows: list[tuple[str, int, float, float, float]], data: str | None)
     return [
         EvalResult(
             task_type="text-to-image",
-            task_name=f"Text to image in {_steps(steps)}",
+            task_name=f"Text to image in {count_steps(steps)}",
             dataset_type="custom",
             dataset_name=f"test split of the training data{f' {data[:16]}' if data else ''}",
             dataset_args={"steps": steps},
             metric_type=metric,
-            metric_name=f"{metric} at {_steps(steps)}",
+            metric_name=f"{metric} at {count_steps(steps)}",
             metric_value=round(value, 4),
         )
         for metric, steps, value, _, _ in rows

@@ -1,7 +1,8 @@
-"""A sampling contract as a workflow of ComfyUI, in the form that its server takes (``/prompt``)."""
+"""A sampling contract as a workflow of ComfyUI, in the form that its server takes and its menu loads (API format)."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from hypersd_pipeline.export.release import Release
@@ -57,6 +58,12 @@ def workflow(release: Release, steps: int) -> Workflow | None:
     nodes["image"] = _node("VAEDecode", samples=["sample", 0], vae=["checkpoint", 2])
     nodes["save"] = _node("SaveImage", images=["image", 0], filename_prefix=release.name)
     return nodes
+
+
+def as_json(nodes: Workflow) -> str:
+    """The workflow with a node on each line."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(node)}" for name, node in nodes.items())
+    return f"{{\n{lines}\n}}\n"
 
 
 def _shared(release: Release) -> Workflow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -129,16 +130,20 @@ def _name(family: str, contract: Contract, lora: bool) -> str:
     return f"Hyper-{family}-{steps}-lora" if contract.steps > 1 or contract.grid == "tcd" else f"Hyper-{family}-{steps}-tscd-lora"
 
 
-def check_release(config: ExportConfig, release: Release) -> None:
-    """Raises UserError for what cannot be exported so, before anything is computed."""
-    if config.push_to_hub is not None and release.base_model is None:
-        raise UserError("export.push_to_hub: the card needs the teacher's hub id, so set export.base_model.")
-    if "onnx" in config.formats:
-        from importlib.util import find_spec
+def check_export(config: ExportConfig, hub_id: str | None) -> None:
+    """Check what can be told before anything is loaded.
 
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-        if missing:
-            raise UserError(
-                f"export.formats: onnx needs the package {missing[0]}; install it with pip install 'hypersd-pipeline[onnx]', "
-                f"or leave onnx out."
-            )
+    Args:
+        hub_id: of the teacher (`Teacher.hub_id`).
+
+    Raises:
+        UserError: a package is missing, or a card for the hub would not name its base model.
+    """
+    if config.push_to_hub is not None and (config.base_model or hub_id) is None:
+        raise UserError("export.push_to_hub: the card needs the teacher's hub id, so set export.base_model.")
+    packages = ("onnx", "onnxscript", "onnxruntime") if "onnx" in config.formats else ()
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"export.formats: onnx needs the package {missing[0]}; install it with pip install 'hypersd-pipeline[onnx]', or leave onnx out."
+        )

@@ -15,12 +15,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.export.card import GRID, card, usage
-from hypersd_pipeline.export.comfyui import workflow
+from hypersd_pipeline.export.card import GRID, card, count_steps, usage
+from hypersd_pipeline.export.comfyui import as_json, workflow
 from hypersd_pipeline.export.kohya import cast, kohya_metadata, to_kohya
 from hypersd_pipeline.export.onnx import write_onnx
-from hypersd_pipeline.export.release import ExportConfig, Release, check_release, release_of
-from hypersd_pipeline.files import replacing_folder, share, write_tensors
+from hypersd_pipeline.export.release import ExportConfig, Release, check_export, release_of
+from hypersd_pipeline.files import replacing_folder, share, write_tensors, write_text
 from hypersd_pipeline.models.backbones import Backbone
 from hypersd_pipeline.models.lora import LoRA, merge_lora
 from hypersd_pipeline.models.one_step import CONTRACT, read_contract, read_network
@@ -29,7 +29,7 @@ from hypersd_pipeline.models.user_lora import read_user_lora
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, SCHEDULER, WORKFLOW = "pytorch_lora_weights.safetensors", "scheduler_config.json", "comfyui_workflow.json"
+WEIGHTS, SCHEDULER, WORKFLOWS = "pytorch_lora_weights.safetensors", "scheduler_config.json", "comfyui"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ def export_lora(
     """
     model = _load(teacher, export)
     release = release_of(export, model, lora.metadata.get("sampling_contract"), lora.metadata, lora=True)
-    check_release(export, release)
     if "kohya" in export.formats:
         to_kohya(lora, model.backbone)  # whether each module has a name
     return lambda path: _write(path, _Export(export, model, release, metrics, grid), lora)
@@ -79,13 +78,13 @@ def export_network(
     told = read_contract(network)
     text = json.dumps({key: told[key] for key in ("guidance_scale", "scheduler", "scheduler_config", "steps", "timesteps")}, sort_keys=True)
     release = release_of(export, model, text, {key: str(value) for key, value in told.items()}, lora=False)
-    check_release(export, release)
     read_network(network, model.backbone)
     return lambda path: _write(path, _Export(export, model, release, metrics, grid), None)
 
 
 def _load(teacher: TeacherConfig, export: ExportConfig) -> Teacher:
     """The teacher in float32 on the CPU: merging is exact there, and onnxruntime is compared with it."""
+    check_export(export, load_teacher(teacher, parts=(), device="cpu").hub_id)
     parts = ("backbone", "text") if "onnx" in export.formats else ("backbone",)
     return load_teacher(teacher.model_copy(update={"dtype": "float32"}), parts=parts, device="cpu")  # type: ignore[arg-type]
 
@@ -105,10 +104,7 @@ def _write(path: Path, export: _Export, lora: LoRA | None) -> None:
         if "unet" in config.formats:
             _write_network(folder / backbone.component, backbone, config.dtype)
             files[f"{backbone.component}/"] = "the network with the LoRA merged into it" if lora is not None else "the network"
-        nodes = None if release.small else workflow(release, release.contract["steps"])
-        if nodes is not None:
-            (folder / WORKFLOW).write_text(json.dumps(nodes, indent=1) + "\n")
-            files[WORKFLOW] = "the sampling contract as a workflow of ComfyUI"
+        files |= _write_workflows(folder, release)
         scheduler = {"_class_name": release.contract["scheduler"], **release.contract["scheduler_config"]}
         (folder / SCHEDULER).write_text(json.dumps(scheduler, indent=2) + "\n")
         contract = {"name": release.name, **release.contract, "timesteps_by_steps": release.timesteps, **release.provenance}
@@ -136,6 +132,15 @@ def _write_lora(folder: Path, export: _Export, lora: LoRA) -> dict[str, str]:
         _check_readable(folder / name, lora, backbone)
         files[name] = "the LoRA for ComfyUI, A1111 and sd-scripts"
     return files
+
+
+def _write_workflows(folder: Path, release: Release) -> dict[str, str]:
+    """The contract as workflows of ComfyUI, one for each number of steps. It cannot load the small teacher."""
+    made = {} if release.small else {steps: workflow(release, steps) for steps in release.timesteps}
+    texts = {f"{count_steps(steps).replace(' ', '')}.json": as_json(nodes) for steps, nodes in made.items() if nodes is not None}
+    for name, text in texts.items():
+        write_text(folder / WORKFLOWS / name, text)
+    return {f"{WORKFLOWS}/": "the sampling contract as workflows of ComfyUI"} if texts else {}
 
 
 def _check_readable(file: Path, lora: LoRA, backbone: Backbone) -> None:
