@@ -192,14 +192,13 @@ def test_a_one_step_network_is_exported_without_a_lora(tmp_path):
     (tmp_path / "trained").mkdir()
     write_network(tmp_path / "trained", teacher.backbone, json.loads(contract), {"teacher": config.source, "data_rows": "abc"})
     values = {"license": "mit", "base_model": "owner/base"}
-    export_network(tmp_path / "trained", config, ExportConfig(**values, formats=["kohya", "unet"]), {}, GRID)(tmp_path / "export")
+    export_network(tmp_path / "trained", config, ExportConfig(**values, formats=["diffusers", "kohya"]), {}, GRID)(tmp_path / "export")
     fused = UNet2DConditionModel.from_pretrained(tmp_path / "export" / "unet")
     assert torch.equal(fused.conv_out.bias, teacher.backbone.module.conv_out.bias)
     parsed = ModelCard.load(tmp_path / "export" / "README.md")
     assert parsed.data.base_model_relation == "finetune" and parsed.text.strip().startswith("# Hyper-SD15-1step-Unet")
     assert "LCMScheduler" in parsed.text and "timesteps=[800]" in parsed.text
-    with pytest.raises(UserError, match=r"^export\.formats: a UNet has the formats unet and onnx only"):
-        export_network(tmp_path / "trained", config, ExportConfig(**values, formats=["kohya"]), {}, GRID)
+    assert sorted(path.name for path in (tmp_path / "export").iterdir() if path.is_dir()) == ["comfyui", "unet"]
 
 
 def test_what_is_missing_is_said_before_the_network_is_read(tmp_path):

@@ -64,7 +64,7 @@ def export_lora(
 def export_network(
     network: Path, teacher: TeacherConfig, export: ExportConfig, metrics: Mapping[str, Any], grid: Image
 ) -> Callable[[Path], None]:
-    """A writer of the folder of a whole network, the dedicated one-step UNet. It has no LoRA, so it gets the other formats only.
+    """A writer of the folder of a whole network, the dedicated one-step UNet. It has no LoRA, so the network itself is always written.
 
     Args:
         network: the folder that its training wrote. metrics, grid: see `export_lora`.
@@ -72,8 +72,7 @@ def export_network(
     Raises:
         UserError: as `export_lora`, or the network cannot be read.
     """
-    if not {"unet", "onnx"} & set(export.formats):
-        raise UserError("export.formats: a UNet has the formats unet and onnx only; add one of them, or leave the UNet out with --tags.")
+    export = export.model_copy(update={"formats": ("unet", *(kind for kind in export.formats if kind == "onnx"))})
     model = _load(teacher, export)
     told = read_contract(network)
     text = json.dumps({key: told[key] for key in ("guidance_scale", "scheduler", "scheduler_config", "steps", "timesteps")}, sort_keys=True)
@@ -158,7 +157,7 @@ def _write_network(folder: Path, backbone: Backbone, dtype: str) -> None:
     module = backbone.module
     if dtype != "float32":
         module = copy.deepcopy(module).to(getattr(torch, dtype))
-    module.save_pretrained(folder, safe_serialization=True)
+    module.save_pretrained(folder, safe_serialization=True, max_shard_size="50GB")  # one file, which ComfyUI can read
     for file in folder.iterdir():
         share(file)
     file = folder / "config.json"
