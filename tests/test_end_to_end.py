@@ -126,9 +126,13 @@ def test_diffusers_draws_with_the_unified_lora_what_we_measure(smoke, steps):
     assert torch.allclose(ours, theirs.float(), atol=1e-3)
 
 
-def test_the_readme_samples_in_a_fresh_process(smoke, run):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code = code.replace("data/06_models", "data/smoke/06_models")
+@pytest.mark.parametrize("file", ["README.md", "lora_k4/README.md", "lora_unified/README.md", "one_step_unet/README.md"])
+def test_what_the_readme_and_the_model_cards_show_samples_in_a_fresh_process(smoke, run, file):
+    models = smoke / "data/smoke/06_models"
+    text = (ROOT / file if file == "README.md" else models / file).read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    for shown in ("data/06_models", "path/to/this/folder", f"path/to/{Path(file).parent.name}"):
+        code = code.replace(shown, str(models if shown == "data/06_models" else models / Path(file).parent))
     assert run(sys.executable, "-c", f"{code}\nprint(image.size)").stdout.strip() == "(64, 64)"
 
 

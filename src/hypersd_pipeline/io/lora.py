@@ -29,6 +29,7 @@ tags: [lora, hyper-sd, few-step]
 A LoRA for {sampled} sampling without classifier-free guidance, trained on `{teacher}`.
 {contract}
 ```python
+import hypersd_pipeline  # only beside a CPU-only torch with torchvision's CUDA build: lets diffusers import torchvision
 from diffusers import {scheduler}, DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{teacher}")  # the model that this LoRA was trained on

@@ -30,7 +30,7 @@ tags: [hyper-sd, one-step]
 A UNet for one-step sampling without classifier-free guidance, trained on `{teacher}`.
 
 ```python
-import torch
+import hypersd_pipeline  # only beside a CPU-only torch with torchvision's CUDA build: lets diffusers import torchvision
 from diffusers import DiffusionPipeline, LCMScheduler, {class_name}
 
 {component} = {class_name}.from_pretrained("path/to/this/folder")
