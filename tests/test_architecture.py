@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground floor up. A room imports from itself and from what stands before it. docs/architecture.md has the same order.
 ORDER = (
-    "errors", "masking", "logs", "compat", "config", "files", "verdicts", "conditioning",
+    "errors", "masking", "logs", "compat", "config", "files", "verdicts", "conditioning", "draws",
     "diffusion", "objectives", "models", "export", "data", "rewards", "perception", "metrics",
     "training", "evaluation", "recipes", "experiments", "io", "pipelines",
     "config_faults", "order", "sections", "config_loader", "options", "checks", "hooks", "settings", "cli",

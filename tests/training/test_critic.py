@@ -117,7 +117,7 @@ def test_one_update_takes_the_mean_gradient_of_its_passes(teacher):
         for part in torch.arange(4).chunk(passes):
             fixed = torch.Generator().manual_seed(0)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch, "randint", lambda high, size, **_: torch.full(size, 400))
+                patch.setattr(torch, "randint", lambda low, high, size, **_: torch.full(size, 400))
                 patch.setattr(torch, "randn", lambda *_, **__: next(noise))
                 critic.update(samples[part], cond[part], fixed)
     assert len(found) == 2  # one step of each

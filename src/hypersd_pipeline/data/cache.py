@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.draws import rand, randn
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import write_tensors
 
@@ -181,11 +182,11 @@ class SplitCache:
         mean = self._shards.gather("mean", indices)
         if generator is None:
             return mean
-        return mean + self._shards.gather("std", indices) * torch.randn(mean.shape, generator=generator)
+        return mean + self._shards.gather("std", indices) * randn(mean.shape, generator)
 
     def caption_numbers(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One caption per row, as a number into the distinct captions, int64 ``[b]``: the first, or one drawn by ``generator``."""
-        draws = torch.zeros(len(indices)) if generator is None else torch.rand(len(indices), generator=generator)
+        draws = torch.zeros(len(indices)) if generator is None else rand((len(indices),), generator)
         self._shards.check(indices)
         offsets, numbers = (self._cache.row_tensors[f"{self.name}.{name}"] for name in ("caption_offsets", "captions"))
         start, stop = offsets[indices], offsets[indices + 1]

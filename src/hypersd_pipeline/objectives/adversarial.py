@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,11 @@ def generator_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
-def balanced(gradient: Tensor, reference: Tensor) -> Tensor:
-    """``gradient`` scaled to the norm of ``reference``, so that a weight on it is a share. Unchanged where the reference is zero."""
-    norm, wanted = gradient.norm(), reference.norm()
+def balanced(gradient: Tensor, reference: Tensor, size: Callable[[Tensor], Tensor] = Tensor.norm) -> Tensor:
+    """``gradient`` scaled to the norm of ``reference``, so that a weight on it is a share. Unchanged where the reference is zero.
+
+    Args:
+        size: gives the norm over the whole batch, where both hold some of its rows only.
+    """
+    norm, wanted = size(gradient), size(reference)
     return gradient * torch.where(wanted > 0, wanted / norm.clamp(min=1e-20), torch.ones_like(norm))

@@ -12,6 +12,7 @@ from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.grids import segment_start
 from hypersd_pipeline.diffusion.process import Process
+from hypersd_pipeline.draws import rand, randint, randn
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,22 @@ def sample_timesteps(
         starts: ``segment_ends`` draws ``t_n`` among the boundaries only. ends: ``segment_start`` makes ``t_end = t_b``.
     """
     if starts == "segment_ends":
-        n = torch.searchsorted(grid, bounds)[torch.randint(1, len(bounds), (batch,), generator=generator)]
+        n = torch.searchsorted(grid, bounds)[randint(1, len(bounds), (batch,), generator)]
     else:
-        n = torch.randint(1, len(grid), (batch,), generator=generator)
+        n = randint(1, len(grid), (batch,), generator)
     t_b = segment_start(grid[n], bounds)
     if ends == "segment_start":
         return Timesteps(t_n=grid[n], t_prev=grid[n - 1], t_b=t_b, t_end=t_b)
     low = torch.searchsorted(grid, t_b)
     choices = n - low  # grid indices low .. n - 1
-    end = low + (torch.rand(batch, generator=generator, dtype=torch.float64) * choices).long().clamp(max=choices - 1)
+    end = low + (rand((batch,), generator, torch.float64) * choices).long().clamp(max=choices - 1)
     return Timesteps(t_n=grid[n], t_prev=grid[n - 1], t_b=t_b, t_end=grid[end])
 
 
 def offset_noise(shape: tuple[int, ...], strength: float, generator: torch.Generator) -> Tensor:
     """Gaussian noise plus ``strength * randn(b, c, 1, 1)``, the paper's "noise perturbation". float32 ``shape = (b, c, h, w)``."""
-    noise = torch.randn(shape, generator=generator)
-    return noise + strength * torch.randn(*shape[:2], 1, 1, generator=generator)
+    noise = randn(shape, generator)
+    return noise + strength * randn((*shape[:2], 1, 1), generator)
 
 
 def noisy_input(x0: Tensor, z: Tensor, t_n: Tensor, process: Process, *, pure_noise: bool = True) -> Tensor:

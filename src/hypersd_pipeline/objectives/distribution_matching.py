@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from hypersd_pipeline.diffusion.process import Process
+from hypersd_pipeline.draws import randint
 
 
 def sample_renoise_timesteps(batch: int, process: Process, generator: torch.Generator, low: float = 0.02, high: float = 0.98) -> Tensor:
     """``t ~ U[low T, high T]`` int64 ``[b]``, where the student's samples are judged: neither nearly clean nor nearly noise."""
     T = process.num_train_timesteps
-    return torch.randint(int(low * T), int(high * T) + 1, (batch,), generator=generator)
+    return randint(int(low * T), int(high * T) + 1, (batch,), generator)
 
 
 @torch.no_grad()

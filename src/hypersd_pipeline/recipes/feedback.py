@@ -19,6 +19,7 @@ from hypersd_pipeline.perception.annotations import AnnotatedSplit
 from hypersd_pipeline.perception.protocol import PerceptualModel
 from hypersd_pipeline.recipes.stage import Outputs, context_of, run_stage, stage_identity
 from hypersd_pipeline.training.config import FeedbackConfig
+from hypersd_pipeline.training.distributed import by_first, of_first
 from hypersd_pipeline.training.guard import Guard
 from hypersd_pipeline.training.loop import make_accelerator
 
@@ -56,7 +57,13 @@ def train_feedback(
     adapters = _adapters(model, lora, stage)
     student, weights = adapters.denoiser(STUDENT), adapters.parameters(STUDENT)
     probe = guard_probe(model, judges, evaluation, stage, latents)
-    guard = Guard(stage.guard, lambda: probe.measure(student, adapters.denoiser(None)), weights, outputs.metrics, last=stage.loop.steps)
+    guard = Guard(
+        stage.guard,
+        lambda: of_first(lambda: probe.measure(student, adapters.denoiser(None))),
+        weights,
+        by_first(outputs.metrics),
+        last=stage.loop.steps,
+    )
     report = run_stage(
         "feedback",
         stage,

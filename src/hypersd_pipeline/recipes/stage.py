@@ -19,8 +19,9 @@ from hypersd_pipeline.files import content_hashes
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.lora import LoRA, lora_key
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
+from hypersd_pipeline.training import distributed
 from hypersd_pipeline.training.checkpoints import CheckpointStore, Identity
-from hypersd_pipeline.training.config import StageConfig
+from hypersd_pipeline.training.config import StageConfig, changed
 from hypersd_pipeline.training.cost import measure_forward, with_cost
 from hypersd_pipeline.training.decoding import decoded_one_by_one
 from hypersd_pipeline.training.loop import MetricSink, Stateful, train
@@ -65,7 +66,7 @@ def context_of(
         adapters.denoiser(None),
         latents.split("train"),
         model.latent_shape,
-        batch=config.loop.batch_size // config.loop.accumulate,
+        batch=distributed.share("stage.loop.batch_size", config.loop.batch_size // config.loop.accumulate),
         device=model.device,
         passes=config.loop.accumulate,
         seed=config.loop.seed,
@@ -125,7 +126,7 @@ def run_stage(
     Returns:
         The loop's report, with the cost of a step in forward passes (`with_cost`).
     """
-    stage = build_stage(config, context, ready)
+    stage = build_stage(shared(config), context, ready)
     report = train(
         name,
         parameters=parameters,
@@ -143,6 +144,20 @@ def run_stage(
         finished=finished,
     )
     return with_cost(report, config, full=full)
+
+
+def shared(config: StageConfig) -> StageConfig:
+    """The stage as one of several processes builds it: each term with its share of the samples of a pass.
+
+    Raises:
+        UserError: the processes cannot have equal shares.
+    """
+    terms = {
+        name: {"batch": distributed.share(f"stage.terms.{name}.batch", batch)}
+        for name, term in config.active().items()
+        if (batch := getattr(term, "batch", None)) is not None
+    }
+    return changed(config, terms=terms) if distributed.ranks() > 1 else config
 
 
 def _forward_cost(stage: Stage, context: Context, accelerator: Accelerator) -> Mapping[str, float]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.config import Decay, Rate, Strict
+from hypersd_pipeline.draws import randint, randn
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.objectives import distribution_matching as dmd
+from hypersd_pipeline.training.distributed import average_gradients
 
 CRITIC = "critic"
 """The critic's adapter on the frozen teacher."""
@@ -73,8 +75,8 @@ class Critic:
         plan = self.plans[self.passes_done]
         self.passes_done = (self.passes_done + 1) % len(self.plans)
         for _ in range(plan.draws):
-            t = torch.randint(self.process.num_train_timesteps, (len(samples),), generator=generator).to(samples.device)
-            z = torch.randn(samples.shape, generator=generator).to(samples)
+            t = randint(0, self.process.num_train_timesteps, (len(samples),), generator).to(samples.device)
+            z = randn(samples.shape, generator).to(samples)
             _, eps = self.denoiser.predict(self.process.add_noise(samples, z, t), t, cond)
             loss = dmd.critic_loss(eps, z)
             (loss * plan.weight).backward(inputs=self.parameters)
@@ -84,6 +86,7 @@ class Critic:
         return torch.stack(losses).mean()
 
     def _step(self) -> None:
+        average_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if bool(torch.isfinite(norm)):
             self.optimizer.step()

@@ -23,6 +23,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hypersd_pipeline.config import Count, Decay, Rate, Seed, Strict
+from hypersd_pipeline.draws import Draws
+from hypersd_pipeline.training import distributed
 from hypersd_pipeline.training.checkpoints import CheckpointStore, Identity
 from hypersd_pipeline.training.resume import check_restart, continuation
 
@@ -43,7 +45,8 @@ class LoopConfig(Strict):
     """How a stage is optimised.
 
     Attributes:
-        steps: optimiser updates. batch_size: samples an update (before accumulation it is divided by ``accumulate``).
+        steps: optimiser updates. batch_size: samples of an update, of all processes together.
+        accumulate: passes of each process in an update. A pass of a process has ``batch_size / (accumulate * processes)`` samples.
         learning_rate, schedule, warmup_steps: see `learning_rate_at`. Adafactor multiplies the rate by each tensor's root mean square (0.02
             to 0.05 in Stable Diffusion's UNet), so that AdamW's 1e-6 compares with about 3e-5.
         optimizer: ``adamw`` (fused on a GPU), ``adafactor`` (PyTorch's: a row and a column of moments for each matrix, for training a whole
@@ -193,6 +196,9 @@ def train(
     A step with a non-finite loss or gradient is skipped, counted and logged. After ``max_bad_steps`` of them in a row training goes back
     to its last good checkpoint with half the learning rates, the companions' too, and other random draws, ``max_rollbacks`` times at most.
 
+    Where processes train together (`training.distributed`), each calls this with the same arguments. They make the same updates from the
+    mean of their gradients, and the first one writes and logs. A request to stop that reaches any of them ends all of them.
+
     Args:
         name: shown in the progress bar.
         parameters: what the optimiser trains.
@@ -218,15 +224,17 @@ def train(
     parameters = list(parameters)
     main = make_optimizer(parameters, config)
     run = _Run(name, config, {"main": main, **(companions or {})}, dict(state), key, checkpoints, dict(constants or {}))
-    with checkpoints.locked(name), _exact_convolutions_after(), _stop_request() as stop_asked:
+    metrics = distributed.by_first(metrics)
+    with distributed.held_by_first(checkpoints.locked(name)), _exact_convolutions_after(), _stop_request() as stop_asked:
         step = run.resume()
+        distributed.agree(f"{name}: the step to continue from", step)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         meter = _Meter(name, step, config, metrics, watch, accelerator.device)
         while not finished(step) and step < config.steps:
             rate = run.set_learning_rate(step)
             scalars: Mapping[str, Tensor] = {}
-            for _ in range(config.accumulate):
+            for _ in distributed.passes(run.generator, config.accumulate):
                 with accelerator.autocast():
                     loss, scalars = loss_fn(run.generator)
                 accelerator.backward(loss / config.accumulate)
@@ -239,13 +247,16 @@ def train(
                 step = run.roll_back(rate)
                 meter.rewind(step)
             due = step % config.checkpoint_every == 0 and run.bad == 0  # what is saved on schedule is good: there it goes back to
-            if due or stop_asked():
+            stop = distributed.anywhere(stop_asked())
+            if due or stop:
                 run.save(step, meter.summary())
-            if stop_asked():
+            if stop:
+                distributed.wait()
                 raise TrainingStopped(f"{name}: interrupted after step {step}; run the same command to continue.")
         if run.saved != step or meter.done > meter.start:  # once more after `finished` has had its last word
             run.save(step, meter.summary() if meter.done > meter.start else run.report)
         meter.bar.close()
+        distributed.wait()
     return run.report
 
 
@@ -266,7 +277,8 @@ class _Run:
         self.identity = key if isinstance(key, Identity) else None
         self.key, self.checkpoints, self.constants = key.key if isinstance(key, Identity) else key, checkpoints, constants
         self.began, self.seconds_before = time.perf_counter(), 0.0
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = Draws()
+        self.generator.manual_seed(config.seed)
         self.companion_rates = {k: [g["lr"] for g in o.param_groups] for k, o in optimizers.items() if k != "main"}
         self.bad = self.skipped = self.rollbacks = 0
         self.bad_in: list[str] = []  # whose gradients were not finite in the last such step
@@ -287,6 +299,7 @@ class _Run:
     def apply(self) -> tuple[Tensor, bool]:
         """Clip, and step all optimisers or none: non-finite gradients would poison Adam's moments for good."""
         groups = [[p for g in o.param_groups for p in g["params"]] for o in self.optimizers.values()]
+        distributed.average_gradients(p for group in groups for p in group)
         norms = [torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm) for parameters in groups]
         finite = bool(torch.isfinite(torch.stack(norms)).all())
         for optimizer in self.optimizers.values():
@@ -304,6 +317,9 @@ class _Run:
 
     def save(self, step: int, summary: Mapping[str, float]) -> None:
         self.report = {**self.constants, **summary, "total_skipped_steps": float(self.skipped), "total_rollbacks": float(self.rollbacks)}
+        self.saved = step
+        if not distributed.is_first():
+            return
         payload = {
             "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
             "generator": self.generator.get_state(),
@@ -313,7 +329,6 @@ class _Run:
             "modules": {k: v.state_dict() for k, v in self.state.items()},
         }
         self.checkpoints.save(step, self.key, payload, self.identity)
-        self.saved = step
 
     def resume(self) -> int:
         """The step to continue from.
@@ -381,7 +396,8 @@ class _Run:
         if found is None:
             raise TrainingStopped(f"{advice}, before the first checkpoint; lower the learning rate (of main: now {rate:g}).")
         step = self._restore(*found)
-        self.checkpoints.discard_after(self.key, step)
+        distributed.wait()
+        distributed.by_first(self.checkpoints.discard_after)(self.key, step)
         self.bad, self.skipped, self.rollbacks = 0, skipped, rollbacks + 1
         self.generator.manual_seed(int(np.random.SeedSequence([self.config.seed, self.rollbacks, step]).generate_state(1)[0]))
         log.warning("%s; back to the checkpoint of step %d, with the learning rates halved (rollback %d).", advice, step, self.rollbacks)
@@ -401,7 +417,15 @@ class _Meter:
         device: torch.device,
     ) -> None:
         self.config, self.metrics, self.watch, self.device = config, metrics, watch, device
-        self.bar = tqdm(total=config.steps, initial=start, desc=name, unit="step", mininterval=2.0, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=config.steps,
+            initial=start,
+            desc=name,
+            unit="step",
+            mininterval=2.0,
+            dynamic_ncols=True,
+            disable=not distributed.is_first(),
+        )
         self.loss = float("nan")
         self.rewind(start)
 
@@ -415,7 +439,7 @@ class _Meter:
         self.bar.update()
         if self.done % self.config.log_every and self.done != self.config.steps:
             return
-        values = {k: float(v) for k, v in scalars.items()}
+        values = distributed.means(scalars)
         self.loss = values["loss"]
         now = time.perf_counter()
         speed = (self.done - self.marked_step) * self.config.batch_size / max(now - self.marked, 1e-9)

@@ -18,6 +18,7 @@ from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.config import Steps, Strict, Timestep
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.grids import check_grid
+from hypersd_pipeline.draws import rand, randint, randn
 from hypersd_pipeline.objectives import consistency, feedback
 from hypersd_pipeline.perception.protocol import Instances
 from hypersd_pipeline.training.terms.base import Context, Prediction
@@ -100,7 +101,7 @@ class Trajectory:
     def draw(self, generator: torch.Generator) -> TrajectoryBatch:
         """See `Rollout`."""
         config, data, device = self.config, self.context.data, self.context.device
-        picks = torch.randint(len(data), (self.batch,), generator=generator)
+        picks = randint(0, len(data), (self.batch,), generator)
         x0 = data.sample(picks, generator)
         cond = data.conditioning(picks, generator)
         uncond = data.unconditional(self.batch, cond.sizes).to(device) if config.teacher == "base" else None
@@ -108,7 +109,7 @@ class Trajectory:
         drawn = consistency.sample_timesteps(self.batch, self.grid, self.bounds, generator, starts=config.starts, ends=config.ends)
         times = consistency.Timesteps(*(t.to(device) for t in (drawn.t_n, drawn.t_prev, drawn.t_b, drawn.t_end)))
         low, high = config.guidance
-        guidance = (low + (high - low) * torch.rand(self.batch, generator=generator)).to(device).view(-1, 1, 1, 1)
+        guidance = (low + (high - low) * rand((self.batch,), generator)).to(device).view(-1, 1, 1, 1)
         x_tn = consistency.noisy_input(x0.to(device), z.to(device), times.t_n, self.process, pure_noise=config.pure_noise)
         return TrajectoryBatch(x_tn, times, guidance, cond.to(device), uncond)
 
@@ -164,10 +165,10 @@ class Samples:
         """See `Rollout`. Noise and prompts come from the stored pairs, where there are any."""
         data, pairs, size, device = self.context.data, self.context.pairs, self.context.batch, self.context.device
         if pairs is None:
-            rows, target = torch.randint(len(data), (size,), generator=generator), None
-            z = torch.randn(size, *data.latent_shape, generator=generator)
+            rows, target = randint(0, len(data), (size,), generator), None
+            z = randn((size, *data.latent_shape), generator)
         else:
-            picks = torch.randint(len(pairs.rows), (size,), generator=generator)
+            picks = randint(0, len(pairs.rows), (size,), generator)
             rows, z, target = pairs.rows[picks], pairs.noise[picks], pairs.target[picks].to(device)
         cond = data.conditioning(rows)
         return SampleBatch(
@@ -225,7 +226,7 @@ class NoisedImages:
     def draw(self, generator: torch.Generator) -> ImageBatch:
         """See `Rollout`."""
         data, device = self.context.data, self.context.device
-        picks = self.rows[torch.randint(len(self.rows), (self.config.batch,), generator=generator)]
+        picks = self.rows[randint(0, len(self.rows), (self.config.batch,), generator)]
         clean = data.sample(picks, generator).to(device)
         return ImageBatch(clean, data.conditioning(picks).to(device), [self.annotated.instances(int(i)) for i in picks])
 
@@ -233,7 +234,7 @@ class NoisedImages:
         """See `Rollout`."""
         student, start = self.context.student, self.config.start(len(self.timesteps))
         end = gradient_step(len(self.timesteps), self.sample.gradient_steps, generator, after=start)
-        z = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
+        z = randn(batch.latents.shape, generator).to(batch.latents)
         at = torch.full((len(z),), self.timesteps[start], device=z.device)
         noised = student.process.add_noise(batch.latents, z, at)
         x_t = feedback.advance(student, noised, self.timesteps[start : end + 1], batch.cond)
@@ -255,4 +256,4 @@ def gradient_step(count: int, gradient_steps: int, generator: torch.Generator, a
     Nothing is drawn where there is no choice.
     """
     first = min(max(count - gradient_steps, after + 1, 0), count - 1)
-    return first if first == count - 1 else int(torch.randint(first, count, (1,), generator=generator))
+    return first if first == count - 1 else int(randint(first, count, (), generator))

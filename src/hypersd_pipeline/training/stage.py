@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.objectives.adversarial import balanced
+from hypersd_pipeline.training import distributed
 from hypersd_pipeline.training.config import StageConfig
 from hypersd_pipeline.training.critic import CRITIC
 from hypersd_pipeline.training.loop import Stateful
@@ -78,7 +79,7 @@ class Stage:
             if isinstance(term, Adversary):
                 loss, more = term(view, generator)
                 (toward,) = torch.autograd.grad(loss, leaf)
-                gradient = gradient + weight * (balanced(toward, gradient) if term.config.balance else toward)
+                gradient = gradient + weight * (balanced(toward, gradient, distributed.norm) if term.config.balance else toward)
                 value = value + weight * loss
                 scalars.update(more)
         return value.detach(), gradient

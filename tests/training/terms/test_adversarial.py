@@ -130,7 +130,7 @@ def test_balance_makes_the_weight_a_share(checkpoint, monkeypatch):
     norms = []
     scale = training.balanced
 
-    def spy(gradient, reference):
+    def spy(gradient, reference, size):
         norms.append((gradient.norm().item(), scale(gradient, reference).norm().item(), reference.norm().item()))
         return scale(gradient, reference)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.config import Count, Decay, Rate
+from hypersd_pipeline.draws import rand, randn
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.discriminator import make_head
 from hypersd_pipeline.objectives.adversarial import discriminator_loss, generator_loss
@@ -181,9 +182,9 @@ class Adversary:
     def _renoised(self, prediction: Tensor, target: Tensor, s: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         process = self.adapters.process
         T = process.num_train_timesteps
-        share = torch.rand(len(s), generator=generator).to(s.device)
+        share = rand((len(s),), generator).to(s.device)
         t_star = (s + (share * (T // self.segments)).long()).clamp(max=T - 1)
-        z = torch.randn(prediction.shape, generator=generator).to(prediction)
+        z = randn(prediction.shape, generator).to(prediction)
         return process.renoise(prediction, s, t_star, z), process.renoise(target, s, t_star, z), t_star
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.config import Count, Guidance
 from hypersd_pipeline.diffusion.denoiser import Denoiser
+from hypersd_pipeline.draws import rand, randn
 from hypersd_pipeline.objectives import distribution_matching as dmd
 from hypersd_pipeline.training.critic import Critic, CriticConfig
 from hypersd_pipeline.training.terms.base import Context, Cost, Scalars, TermConfig, View
@@ -77,8 +78,8 @@ class Matching:
         """``(p_real - p_fake) / mean|p_real|`` at the student's clean samples ``[b, c, h, w]``. No graph."""
         process, (low, high) = self.teacher.process, self.config.guidance
         t = dmd.sample_renoise_timesteps(len(samples), process, generator, *self.config.renoise).to(samples.device)
-        x_t = process.add_noise(samples, torch.randn(samples.shape, generator=generator).to(samples), t)
-        scale = (low + (high - low) * torch.rand(len(samples), generator=generator)).to(samples).view(-1, 1, 1, 1)
+        x_t = process.add_noise(samples, randn(samples.shape, generator).to(samples), t)
+        scale = (low + (high - low) * rand((len(samples),), generator)).to(samples).view(-1, 1, 1, 1)
         real, _ = self.teacher.guided(uncond, scale).predict(x_t, t, cond)
         fake, _ = self.critic.denoiser.predict(x_t, t, cond)
         return dmd.matching_gradient(samples, real, fake)
