@@ -71,6 +71,16 @@ def check_runner(runner: str | None, is_async: bool = False) -> None:
         raise UserError(f"runner {runner.split()[0].rpartition('.')[2]}: {why}, so use SequentialRunner.")
 
 
+def check_processes(environment: Mapping[str, str]) -> None:
+    """Raises UserError where torchrun or accelerate has started this command: each process would train and write the same."""
+    world = environment.get("WORLD_SIZE", "1")
+    if world.isdigit() and int(world) > 1:
+        raise UserError(
+            f"WORLD_SIZE is {world}: a run starts the processes of each stage itself, so start it without torchrun or accelerate launch, "
+            "and set compute.processes."
+        )
+
+
 def check_parameters(loader: AbstractConfigLoader, root: Path) -> None:
     """Validate each typed parameter of the requested pipelines.
 

@@ -90,6 +90,7 @@ def _run(**options: Any) -> Any:
         options["pipelines"], options["pipeline"] = [options["pipeline"]], None
     checks.check_pipelines(options["pipelines"] or [])
     checks.check_runner(options["runner"], options["is_async"] or bool((options.get("runner_params") or {}).get("is_async")))
+    checks.check_processes(os.environ)
     conf = Path(options["conf_source"] or settings.CONF_SOURCE)
     checks.check_environment(conf, options["env"] or os.getenv("KEDRO_ENV"))
     assert kedro_run.callback is not None

@@ -41,7 +41,7 @@ class Draws(torch.Generator):
             return draw(shape)
         mine = shape[0] * self._ranks if shape else 0
         whole = self._whole((*what, shape), (mine * self._passes, *shape[1:]) if shape else (), draw)
-        return whole[self._pass * mine :][:mine][self._rank :: self._ranks] if shape else whole
+        return whole[self._pass * mine :][:mine][self._rank :: self._ranks].contiguous() if shape else whole
 
     def _whole(self, what: tuple[Any, ...], shape: tuple[int, ...], draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         if self._passes == 1:

@@ -17,10 +17,11 @@ from hypersd_pipeline.recipes.one_step import make_pairs, train_unified
 from hypersd_pipeline.recipes.stage import Outputs
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import OneStepConfig, StageConfig
+from hypersd_pipeline.training.distributed import ComputeConfig
 from hypersd_pipeline.training.loop import MetricSink
 
-HANDLES = {"checkpoints": "checkpoints", "metric_stream": "metric_stream"}
-"""Where a training continues, and where its live metrics go. Both in the stage's namespace."""
+HANDLES = {"checkpoints": "checkpoints", "metric_stream": "metric_stream", "compute": "params:compute"}
+"""Where a training continues, where its live metrics go, both in the stage's namespace, and on how many processes it runs."""
 
 EVALUATION = {"teacher": "params:teacher", "reference": "evaluation_reference", "evaluation": "params:evaluation"}
 """What every evaluation of a model reads besides the model."""
@@ -37,10 +38,11 @@ def distil_node(
     stage: StageConfig,
     checkpoints: CheckpointStore,
     metric_stream: MetricSink,
+    compute: ComputeConfig,
     previous: LoRA | None = None,
 ) -> tuple[LoRA, dict[str, float]]:
     """See `recipes.distil.distil`."""
-    return distil(latents, teacher, stage, Outputs(checkpoints, metric_stream), previous)
+    return distil(latents, teacher, stage, Outputs(checkpoints, metric_stream, compute), previous)
 
 
 def pairs_node(latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, start: LoRA | None = None) -> Callable[[Path], None]:
@@ -55,10 +57,11 @@ def unified_node(
     pairs: Path,
     checkpoints: CheckpointStore,
     metric_stream: MetricSink,
+    compute: ComputeConfig,
     start: LoRA | None = None,
 ) -> tuple[LoRA, dict[str, float]]:
     """See `recipes.one_step.train_unified`."""
-    return train_unified(latents, teacher, stage, pairs, Outputs(checkpoints, metric_stream), start)
+    return train_unified(latents, teacher, stage, pairs, Outputs(checkpoints, metric_stream, compute), start)
 
 
 def distil_pipeline(namespace: str, name: str, previous: str | None = None, tags: str | None = None) -> Pipeline:
@@ -97,7 +100,7 @@ def _staged(nodes: list[Node], namespace: str, name: str, inputs: dict[str, str]
     return Pipeline(
         nodes,
         namespace=namespace,
-        parameters={"params:teacher", "params:evaluation"},
+        parameters={"params:teacher", "params:evaluation", "params:compute"},
         inputs={"latents": "latents", "evaluation_reference": "evaluation_reference", **inputs},
         outputs={kind: f"{kind}_{name}" for kind in ("lora", "report", "metrics", "grid", "samples")},
         tags=tags,

@@ -9,6 +9,7 @@ from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig
 from hypersd_pipeline.models.user_lora import read_user_lora
+from hypersd_pipeline.recipes.launch import on_ranks
 from hypersd_pipeline.recipes.stage import Outputs, context_of, load_for, provenance, run_stage, stage_identity
 from hypersd_pipeline.training.config import StageConfig
 from hypersd_pipeline.training.ema import ema_update
@@ -16,6 +17,7 @@ from hypersd_pipeline.training.loop import make_accelerator
 from hypersd_pipeline.training.stage import needs
 
 
+@on_ranks
 def distil(
     latents: LatentCache, teacher: TeacherConfig, stage: StageConfig, outputs: Outputs, previous: LoRA | None = None
 ) -> tuple[LoRA, dict[str, float]]:

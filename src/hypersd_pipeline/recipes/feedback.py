@@ -17,6 +17,7 @@ from hypersd_pipeline.models.lora import LoRA, combine, lora_key, merge_lora
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.perception.annotations import AnnotatedSplit
 from hypersd_pipeline.perception.protocol import PerceptualModel
+from hypersd_pipeline.recipes.launch import on_ranks
 from hypersd_pipeline.recipes.stage import Outputs, context_of, run_stage, stage_identity
 from hypersd_pipeline.training.config import FeedbackConfig
 from hypersd_pipeline.training.distributed import by_first, of_first
@@ -36,6 +37,7 @@ class AnnotatedData:
     latents: LatentCache
 
 
+@on_ranks
 def train_feedback(
     source: AnnotatedData, teacher: TeacherConfig, evaluation: EvaluationConfig, lora: LoRA, stage: FeedbackConfig, outputs: Outputs
 ) -> tuple[LoRA, dict[str, float]]:

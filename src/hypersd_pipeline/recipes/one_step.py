@@ -16,6 +16,7 @@ from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA, combine, merge_lora
 from hypersd_pipeline.models.one_step import write_network
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
+from hypersd_pipeline.recipes.launch import on_ranks
 from hypersd_pipeline.recipes.stage import Outputs, context_of, load_for, provenance, run_stage, stage_identity, stored_pairs
 from hypersd_pipeline.training.config import OneStepConfig
 from hypersd_pipeline.training.critic import CRITIC
@@ -40,6 +41,7 @@ def make_pairs(latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfi
     return make_noise_pairs(latents, teacher, stage.pairs, start)
 
 
+@on_ranks
 def train_unified(
     latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, pairs: Path, outputs: Outputs, start: LoRA | None = None
 ) -> tuple[LoRA, dict[str, float]]:
@@ -95,6 +97,7 @@ def _told(stage: OneStepConfig, model: Teacher) -> int | None:
     return None if told == model.process.last_timestep else told
 
 
+@on_ranks
 def train_unet(
     latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, pairs: Path, outputs: Outputs, start: LoRA | None = None
 ) -> tuple[Callable[[Path], None], dict[str, float]]:

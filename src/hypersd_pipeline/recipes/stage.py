@@ -24,6 +24,7 @@ from hypersd_pipeline.training.checkpoints import CheckpointStore, Identity
 from hypersd_pipeline.training.config import StageConfig, changed
 from hypersd_pipeline.training.cost import measure_forward, with_cost
 from hypersd_pipeline.training.decoding import decoded_one_by_one
+from hypersd_pipeline.training.distributed import ComputeConfig
 from hypersd_pipeline.training.loop import MetricSink, Stateful, train
 from hypersd_pipeline.training.stage import Stage, build_stage
 from hypersd_pipeline.training.terms import Context, RegressionConfig
@@ -31,10 +32,11 @@ from hypersd_pipeline.training.terms import Context, RegressionConfig
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a training leaves its checkpoints and its live metrics."""
+    """Where a training leaves its checkpoints and its live metrics, and how many processes it is to have. None: this one."""
 
     checkpoints: CheckpointStore
     metrics: MetricSink
+    compute: ComputeConfig | None = None
 
 
 def load_for(config: StageConfig, teacher: TeacherConfig, latents: LatentCache, accelerator: Accelerator) -> Teacher:
@@ -66,7 +68,7 @@ def context_of(
         adapters.denoiser(None),
         latents.split("train"),
         model.latent_shape,
-        batch=distributed.share("stage.loop.batch_size", config.loop.batch_size // config.loop.accumulate),
+        batch=distributed.share("stage.loop.batch_size / accumulate", config.loop.batch_size // config.loop.accumulate),
         device=model.device,
         passes=config.loop.accumulate,
         seed=config.loop.seed,
@@ -146,18 +148,19 @@ def run_stage(
     return with_cost(report, config, full=full)
 
 
-def shared(config: StageConfig) -> StageConfig:
+def shared(config: StageConfig, among: int | None = None) -> StageConfig:
     """The stage as one of several processes builds it: each term with its share of the samples of a pass.
+
+    Args:
+        among: how many processes there are to be. None: as there are.
 
     Raises:
         UserError: the processes cannot have equal shares.
     """
-    terms = {
-        name: {"batch": distributed.share(f"stage.terms.{name}.batch", batch)}
-        for name, term in config.active().items()
-        if (batch := getattr(term, "batch", None)) is not None
-    }
-    return changed(config, terms=terms) if distributed.ranks() > 1 else config
+    distributed.share("stage.loop.batch_size / accumulate", config.loop.batch_size // config.loop.accumulate, among)
+    batches = {name: batch for name, term in config.active().items() if (batch := getattr(term, "batch", None)) is not None}
+    parts = {name: {"batch": distributed.share(f"stage.terms.{name}.batch", batch, among)} for name, batch in batches.items()}
+    return config if all(part["batch"] == batches[name] for name, part in parts.items()) else changed(config, terms=parts)
 
 
 def _forward_cost(stage: Stage, context: Context, accelerator: Accelerator) -> Mapping[str, float]:

@@ -7,14 +7,22 @@ nothing.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, TypeVar
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from hypersd_pipeline.config import Count, Strict
 from hypersd_pipeline.draws import Draws
 from hypersd_pipeline.errors import UserError
 
@@ -23,7 +31,108 @@ T = TypeVar("T")
 BUCKET = 2**28
 """Numbers that are sent at a time, at most. The gradients of SDXL's LoRA of rank 64 are 2e8, of its whole UNet 2.6e9."""
 
+PATIENCE = timedelta(hours=1)
+"""How long a rank waits for the others: the first one may be writing a large checkpoint, or measuring for the guard."""
+
 _wire = torch.float32
+
+
+class ComputeConfig(Strict):
+    """How many processes train a stage, and where.
+
+    Attributes:
+        processes: on each machine. ``auto``: one for each GPU, and one on a machine without.
+        nodes: machines. rendezvous: ``host:port`` of one of them, where they find each other. Needed for more than one.
+        max_restarts: how often the processes are started again from the last checkpoint after one of them has died.
+        gradients: the type in which gradients are sent. ``bf16`` halves the bytes and rounds.
+    """
+
+    processes: Literal["auto"] | Count
+    nodes: Count = 1
+    rendezvous: Annotated[str, Field(pattern=r"^[^:\s]+:\d+$")] | None = None
+    max_restarts: int = Field(default=3, ge=0, le=1000)
+    gradients: Literal["float32", "bf16"] = "float32"
+
+    @model_validator(mode="after")
+    def _findable(self) -> ComputeConfig:
+        if self.nodes > 1 and self.rendezvous is None:
+            raise ValueError(f"nodes is {self.nodes}, and they need a place to find each other: set rendezvous to host:port of one of them")
+        return self
+
+    @property
+    def here(self) -> int:
+        """Processes on this machine.
+
+        Raises:
+            UserError: it has fewer GPUs.
+        """
+        gpus = torch.cuda.device_count()
+        if self.processes == "auto":
+            return max(1, gpus)
+        if gpus and self.processes > gpus:
+            raise UserError(f"compute.processes is {self.processes}, but this machine has {gpus} GPUs; use auto.")
+        return self.processes
+
+
+def start(module: str, folder: Path, compute: ComputeConfig) -> bool:
+    """Run ``python -m module folder`` in every process of this machine with torchrun's agent, and wait for them.
+
+    A group in which a process dies is started again, ``max_restarts`` times at most. SIGTERM and SIGINT are passed on.
+
+    Returns:
+        Whether all processes ended well. False too where a signal ended them.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # for the last update and its checkpoint; then SIGKILL
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or processes that are started again find the addresses of those that died
+    (folder / "logs").mkdir(exist_ok=True)
+    config = LaunchConfig(
+        min_nodes=compute.nodes,
+        max_nodes=compute.nodes,
+        nproc_per_node=compute.here,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint=compute.rendezvous or "localhost:0",
+        local_addr=None if compute.rendezvous else "localhost",
+        max_restarts=compute.max_restarts,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
+    )
+    with _handlers_restored():
+        try:
+            elastic_launch(config, sys.executable)("-m", module, str(folder))
+        except (ChildFailedError, SignalException):
+            return False
+    return True
+
+
+@contextmanager
+def _handlers_restored() -> Iterator[None]:
+    """The agent sets handlers of signals and leaves them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def joined(compute: ComputeConfig) -> Iterator[None]:
+    """The process group of a process that torchrun has started."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    send_gradients_as(torch.bfloat16 if compute.gradients == "bf16" else torch.float32)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def ranks() -> int:
@@ -155,11 +264,19 @@ def by_first(sink: Callable[..., None]) -> Callable[..., None]:
     return sink if is_first() else lambda *args, **more: None
 
 
-def share(what: str, count: int) -> int:
-    """A rank's part of ``count`` samples. Raises UserError where the ranks cannot have equal parts."""
-    if count % ranks():
-        raise UserError(f"{what}: {count} samples of a pass cannot be shared by {ranks()} processes; use a multiple of {ranks()}.")
-    return count // ranks()
+def share(what: str, count: int, among: int | None = None) -> int:
+    """A rank's part of ``count`` samples.
+
+    Args:
+        among: how many ranks there are to be. None: as there are.
+
+    Raises:
+        UserError: the ranks cannot have equal parts.
+    """
+    among = among or ranks()
+    if count % among:
+        raise UserError(f"{what}: {count} samples of a pass cannot be shared by {among} processes; use a multiple of {among}.")
+    return count // among
 
 
 def _device() -> torch.device:

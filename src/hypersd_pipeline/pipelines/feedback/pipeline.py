@@ -21,6 +21,7 @@ from hypersd_pipeline.recipes.stage import Outputs
 from hypersd_pipeline.recipes.tradeoff import measure_tradeoff
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import FeedbackConfig
+from hypersd_pipeline.training.distributed import ComputeConfig
 from hypersd_pipeline.training.loop import MetricSink
 
 SOURCE = "lora_k1"
@@ -37,10 +38,11 @@ def feedback_node(
     stage: FeedbackConfig,
     checkpoints: CheckpointStore,
     metric_stream: MetricSink,
+    compute: ComputeConfig,
 ) -> tuple[LoRA, dict[str, float]]:
     """See `recipes.feedback.train_feedback`."""
     source = AnnotatedData(manifest, data, latents)
-    return train_feedback(source, teacher, evaluation, lora, stage, Outputs(checkpoints, metric_stream))
+    return train_feedback(source, teacher, evaluation, lora, stage, Outputs(checkpoints, metric_stream, compute))
 
 
 def tradeoff_node(
@@ -74,7 +76,7 @@ def create_pipeline(**_: Any) -> Pipeline:
             ),
         ],
         namespace="feedback",
-        parameters={"params:data", "params:teacher", "params:evaluation"},
+        parameters={"params:data", "params:teacher", "params:evaluation", "params:compute"},
         inputs={"manifest": "manifest", "latents": "latents", "evaluation_reference": "evaluation_reference", "lora": SOURCE},
         outputs={
             "feedback_lora": "lora_feedback",

@@ -17,6 +17,7 @@ from hypersd_pipeline.recipes.one_step import choose_start, train_unet
 from hypersd_pipeline.recipes.stage import Outputs
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import OneStepConfig
+from hypersd_pipeline.training.distributed import ComputeConfig
 from hypersd_pipeline.training.loop import MetricSink
 
 
@@ -27,10 +28,11 @@ def unet_node(
     pairs: Path,
     checkpoints: CheckpointStore,
     metric_stream: MetricSink,
+    compute: ComputeConfig,
     start: LoRA,
 ) -> tuple[Callable[[Path], None], dict[str, float]]:
     """See `recipes.one_step.train_unet`."""
-    return train_unet(latents, teacher, stage, pairs, Outputs(checkpoints, metric_stream), start)
+    return train_unet(latents, teacher, stage, pairs, Outputs(checkpoints, metric_stream, compute), start)
 
 
 def create_pipeline(**_: Any) -> Pipeline:
@@ -44,7 +46,7 @@ def create_pipeline(**_: Any) -> Pipeline:
             Node(evaluate_unet, {"unet": "unet", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
         ],
         namespace="one_step_unet",
-        parameters={"params:teacher", "params:evaluation"},
+        parameters={"params:teacher", "params:evaluation", "params:compute"},
         inputs={
             "latents": "latents", "evaluation_reference": "evaluation_reference", "distilled": "lora_k1", "feedback_lora": "lora_feedback",
         },
