@@ -157,6 +157,22 @@ def _clean(env: str | None, delete: bool) -> None:
     click.echo(f"Deleted {total}." if delete else f"{total} can be deleted; give --delete to do it." if found else "Nothing to delete.")
 
 
+def _join(env: str | None) -> None:
+    """Train with this machine what `kedro run` on another machine trains with compute.nodes above 1. Ends with Ctrl-C or SIGTERM."""
+    from kedro.framework.session import KedroSession
+    from kedro.utils import find_kedro_project
+
+    from hypersd_pipeline.config_loader import ProjectConfigLoader
+    from hypersd_pipeline.recipes.launch import join
+
+    root = find_kedro_project(Path.cwd()) or Path.cwd()
+    with KedroSession.create(project_path=root, env=env) as session:
+        loader = session._get_config_loader()  # type: ignore[attr-defined]
+        assert isinstance(loader, ProjectConfigLoader)
+        folder = root / loader.data_folder("06_models/checkpoints")
+    join(folder)
+
+
 run = ReadableCommand("run", callback=_run, params=kedro_run.params, help=kedro_run.help, context_settings=_CONTEXT)
 _describe = kedro_catalog.commands["describe-datasets"]
 _list = ReadableCommand("list", callback=_describe.callback, params=_describe.params, help=_describe.help)
@@ -174,6 +190,7 @@ cli.add_command(
 cli.add_command(catalog)
 _env = click.Option(["--env", "-e"], help="Environment in conf/.")
 _send_command = ReadableCommand("send", callback=_send, params=[_env], help=_send.__doc__, context_settings=_CONTEXT)
+cli.add_command(ReadableCommand("join", callback=_join, params=[_env], help=_join.__doc__, context_settings=_CONTEXT))
 cli.add_command(click.Group("tracking", commands={"send": _send_command}, help="What is recorded in MLflow."))
 cli.add_command(
     ReadableCommand(

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from itertools import pairwise
 
 import psutil
@@ -35,6 +38,13 @@ STAGE = StageConfig(
     lora={"rank": 2, "target_modules": ("to_q", "to_v", "conv1")},
     loop={"steps": 60, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "checkpoint_every": 10},
 )
+JOIN = """
+import sys
+from pathlib import Path
+from hypersd_pipeline.recipes.launch import join
+folder = Path(sys.argv[1])
+join(folder, lambda: any((folder / "disturbed").glob("*/step-*")) and not any(folder.glob("disturbed/ranks-*")))
+"""
 TWO = ComputeConfig(processes=2, max_restarts=1)
 
 
@@ -53,7 +63,7 @@ def test_a_killed_rank_and_an_interruption_leave_the_weights_of_an_undisturbed_t
         return distil(latents, teacher, STAGE, Outputs(CheckpointStore(tmp_path / folder), sink, compute), start)
 
     def others():
-        return sorted(child.pid for child in psutil.Process().children() if "recipes.launch" in " ".join(child.cmdline()))
+        return sorted(child.pid for child in psutil.Process().children() if launch.__name__ in child.cmdline())
 
     groups, steps = [], []
 
@@ -62,17 +72,23 @@ def test_a_killed_rank_and_an_interruption_leave_the_weights_of_an_undisturbed_t
             steps.append(step)
             if step >= at and (not groups or (number == signal.SIGKILL and len(groups) == 1)):
                 groups.append(others())
-                os.kill(groups[-1][1], number)
+                os.kill(groups[-1][-1], number)
 
         return sink
 
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    machines = ComputeConfig(processes=1, nodes=2, rendezvous=place)
+    other = subprocess.Popen([sys.executable, "-c", JOIN, str(tmp_path)])  # the other machine, with a process of its own
     with pytest.raises(TrainingStopped, match=r"k4: interrupted after step \d+; run the same command to continue"):
-        train("disturbed", disturb(15, signal.SIGTERM), TWO)
+        train("disturbed", disturb(15, signal.SIGTERM), machines)
+    assert other.wait(60) == 0
     last = steps[-1]
     assert steps == list(range(1, last + 1)) and 15 <= last < 60 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     steps.clear()
     lora, report = train("disturbed", disturb(last + 5, signal.SIGKILL), TWO)
-    assert [len(group) for group in groups] == [2, 2] and steps[0] == last + 1 and steps[-1] == 60
+    assert [len(group) for group in groups] == [1, 2] and steps[0] == last + 1 and steps[-1] == 60
     assert any(later <= earlier for earlier, later in pairwise(steps))  # the group went back to its last checkpoint
     assert not list((tmp_path / "disturbed").glob("ranks-*")) and report["mean_step_seconds"] > 0
     whole = on_ranks(2, tmp_path / "group", lambda: train("whole")[0].tensors)[0]

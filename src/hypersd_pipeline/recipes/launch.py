@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -35,6 +36,8 @@ from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import StageConfig
 from hypersd_pipeline.training.distributed import ComputeConfig
 from hypersd_pipeline.training.loop import MetricSink, TrainingStopped
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,6 +88,24 @@ def _launch(recipe: Callable[..., Any], arguments: Mapping[str, Any], compute: C
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def join(checkpoints: Path, done: Callable[[], bool] = lambda: False) -> None:
+    """Take part, with this machine's processes, in every training on several machines whose folder appears below ``checkpoints``.
+
+    Args:
+        checkpoints: the folder of all stages' checkpoints, which all machines share.
+        done: asked between trainings whether to end.
+    """
+    seen: set[Path] = set()
+    while not done():
+        for call in sorted(set(checkpoints.glob(f"*/{PREFIX}*/{CALL}")) - seen):
+            seen.add(call)
+            compute = _read(json.loads(call.read_text(encoding="utf-8"))["compute"])
+            if compute.nodes > 1 and not (call.parent / FAULT).exists():
+                log.info("%s: joining its training", call.parents[1].name)
+                distributed.start(__name__, call.parent, compute)
+        time.sleep(1.0)
 
 
 def _raise_fault(folder: Path) -> None:
