@@ -201,6 +201,11 @@ NO_MASKS = "a data source of kind 'folder' has no instance masks; set it to null
             "data: {source: {kind: folder, root: /images}}\nfeedback: {stage: {terms: {perceptual: {weight: 0}}}}",
             f"feedback.stage.terms.perceptual: {NO_MASKS}",
         ),
+        (
+            "feedback",
+            "data: {source: {kind: shards, root: /tars}}",
+            f"feedback.stage.terms.perceptual: {NO_MASKS}".replace("folder", "shards"),
+        ),
         ("replicates", "data: {source: {kind: folder, root: /images}}", f"replicates.chain.feedback.terms.perceptual: {NO_MASKS}"),
     ],
 )

@@ -198,13 +198,15 @@ def _stage_problem(key: str, stage: StageConfig) -> str | None:
 def _check_masks(checked: Mapping[str, Any]) -> None:
     """Raises UserError for a segmenter on data that cannot have instance masks, before any stage is trained."""
     data = checked.get("data")
-    if data is None or data.source.kind != "folder":
+    if data is None or data.source.kind in ("twemoji", "coco"):
         return
     for key, stage in stages_of(checked):
         segmenter = getattr(stage, "segmenter", None)
         if segmenter is not None:
             name = next(name for name, term in stage.terms.items() if term is segmenter)
-            raise UserError(f"{key}.terms.{name}: a data source of kind 'folder' has no instance masks; set it to null or use kind 'coco'.")
+            raise UserError(
+                f"{key}.terms.{name}: a data source of kind '{data.source.kind}' has no instance masks; set it to null or use kind 'coco'."
+            )
 
 
 def _sentence(error: ValidationError, key: str, model: type[BaseModel], parameters: Any, loader: AbstractConfigLoader, root: Path) -> str:

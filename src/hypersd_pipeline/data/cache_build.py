@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -33,10 +34,11 @@ from hypersd_pipeline.data.cache import (
     write_shard,
 )
 from hypersd_pipeline.data.config import DataConfig
-from hypersd_pipeline.data.images import MAX_BYTES, decode_image, fit
+from hypersd_pipeline.data.images import decode_image, fit
 from hypersd_pipeline.data.probe import probe
-from hypersd_pipeline.data.reading import BadFile, read_inside
+from hypersd_pipeline.data.reading import BadFile
 from hypersd_pipeline.data.rows import Manifest, Row, share_of
+from hypersd_pipeline.data.stored import read_packed, read_row
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import runs_elsewhere, sha256_of, write_text
 from hypersd_pipeline.models.teacher import Teacher
@@ -44,6 +46,8 @@ from hypersd_pipeline.models.teacher import Teacher
 log = logging.getLogger(__name__)
 
 TEXT = "text"
+Fitted = tuple[np.ndarray, tuple[int, int]]  # pixels, and the crop's top and left: what `fit` gives
+AHEAD = 2  # batches that are read before they are needed
 KEY = 32  # hexadecimal digits of a row's key: 128 bits
 
 
@@ -246,8 +250,8 @@ class _Build:
         """Posterior mean and std ``[C, h, w]`` of each row in the cache's dtype. For SDXL ``sizes`` float32 ``[6]``."""
         dtype, side = getattr(torch, self.config.dtype), self.teacher.resolution
         with ThreadPoolExecutor(self.config.workers) as pool:
-            for batch in _chunks(rows, self.config.batch_size):
-                pixels, crops = zip(*pool.map(self._read, batch), strict=True)
+            for batch, read in self._read_ahead(rows, pool):
+                pixels, crops = zip(*read, strict=True)
                 with torch.inference_mode():
                     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
                     mean, std = (x.to("cpu", dtype) for x in self.teacher.encode_images(images))
@@ -257,14 +261,30 @@ class _Build:
                     sizes = {"sizes": torch.tensor([row.height, row.width, *crop, side, side], dtype=torch.float32)}
                     yield {"mean": mean[i], "std": std[i], **(sizes if self.teacher.layout == "sdxl" else {})}
 
-    def _read(self, row: Row) -> tuple[np.ndarray, tuple[int, int]]:
-        try:
-            content = read_inside(self.manifest.root, row.file, MAX_BYTES)
-        except BadFile:
-            content = b""
-        if sha256(content).hexdigest() != row.sha256:
-            raise UserError(f"{self.manifest.path(row)} has changed or gone since it was validated; {CURE}.")
-        return fit(decode_image(content), self.teacher.resolution)
+    def _read_ahead(self, rows: Sequence[Row], pool: ThreadPoolExecutor) -> Iterator[tuple[Sequence[Row], list[Fitted]]]:
+        """Batches with their fitted images. The next batch is read while the VAE is at this one."""
+        waiting: deque[tuple[Sequence[Row], list[Future[list[Fitted]]]]] = deque()
+        for batch in _chunks(rows, self.config.batch_size):
+            some = _chunks(batch, -(-len(batch) // self.config.workers))
+            waiting.append((batch, [pool.submit(self._read, each) for each in some]))
+            if len(waiting) > AHEAD:
+                ready, futures = waiting.popleft()
+                yield ready, [image for future in futures for image in future.result()]
+        for ready, futures in waiting:
+            yield ready, [image for future in futures for image in future.result()]
+
+    def _read(self, rows: Sequence[Row]) -> list[Fitted]:
+        packed = read_packed(self.manifest, rows)
+        fitted = []
+        for number, row in enumerate(rows):
+            try:
+                content = packed.pop(number) if number in packed else read_row(self.manifest, row)
+            except BadFile:
+                content = b""
+            if sha256(content).hexdigest() != row.sha256:
+                raise UserError(f"{self.manifest.where(row)} has changed or gone since it was validated; {CURE}.")
+            fitted.append(fit(decode_image(content), self.teacher.resolution))
+        return fitted
 
     def _encoded_captions(self, captions: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         for some in _chunks(captions, self.config.shard_rows):  # batched by the teacher. Few calls, so that few warnings count cut captions

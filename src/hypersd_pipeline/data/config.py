@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from hypersd_pipeline.config import Count, Strict
+from hypersd_pipeline.data.place import root_fault
 from hypersd_pipeline.data.reading import is_split_name, is_text, leads_out, plain
 from hypersd_pipeline.data.twemoji import TwemojiConfig
 
@@ -39,7 +40,14 @@ def _template(value: str) -> str:
     return _inside(value)
 
 
+def _address(value: str) -> str:
+    if fault := root_fault(value):
+        raise ValueError(f"{value.partition('://')[0] if '@' in value else value!r} {fault}")
+    return _root(value)
+
+
 Root = Annotated[str, AfterValidator(_root)]
+Address = Annotated[str, AfterValidator(_address)]
 Inside = Annotated[str, AfterValidator(_inside)]
 Template = Annotated[str, AfterValidator(_template)]
 
@@ -131,7 +139,52 @@ class FolderSource(Strict):
     splits: Splits | None = None
 
 
-Source = TwemojiSource | CocoSource | FolderSource
+class ShardFilters(Strict):
+    """Which samples of shards are used. What is left out is counted by reason in the table of rejected rows.
+
+    Attributes:
+        min_side: of the image's shorter side, in pixels.
+        aspect: smallest and largest width / height.
+        scores: a key of the sample's ``.json`` -> smallest and largest number there, such as ``{aesthetic: [5, null]}``.
+            A sample without that number is left out.
+    """
+
+    min_side: int | None = Field(default=None, ge=1)
+    aspect: tuple[float, float] | None = None
+    scores: dict[str, tuple[float | None, float | None]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ShardFilters:
+        ranges = {
+            **({} if self.aspect is None else {"aspect": self.aspect}),
+            **{f"scores.{key}": value for key, value in self.scores.items()},
+        }
+        for name, (low, high) in ranges.items():
+            if low is not None and high is not None and not low <= high:
+                raise ValueError(f"{name} is [{low}, {high}]; give the smaller number first")
+        return self
+
+
+class ShardsSource(Strict):
+    """Tars of samples in webdataset's layout, as img2dataset writes them: ``<key>.jpg``, ``<key>.txt``, ``<key>.json``.
+
+    Attributes:
+        root: a folder, or an address that begins with ``s3://``, ``http://`` or ``https://``.
+        shards: the tars of the data set below ``root``, with braces (``{00000..00099}.tar``) or ``*``.
+        splits: our name -> shards, or a share of them. None: a split of ``shards`` by hash, 90 : 5 : 5.
+        caption_key: the key of the ``.json`` that has the caption of a sample without ``.txt``.
+        filters: which samples are used.
+    """
+
+    kind: Literal["shards"]
+    root: Address
+    shards: Inside = "*.tar"
+    splits: Splits | None = None
+    caption_key: str = "caption"
+    filters: ShardFilters = ShardFilters()
+
+
+Source = TwemojiSource | CocoSource | FolderSource | ShardsSource
 
 
 class DataConfig(Strict):

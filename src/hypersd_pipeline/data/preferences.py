@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
@@ -23,6 +24,7 @@ from hypersd_pipeline.data.degradations import degrade
 from hypersd_pipeline.data.images import MAX_BYTES, decode_image, fit, load_image
 from hypersd_pipeline.data.reading import BadFile, is_text, leads_out, lines_of, parse_line, read_inside
 from hypersd_pipeline.data.rows import Manifest, Rejected, Row, share_of
+from hypersd_pipeline.data.stored import load_row
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import sha256_of, tensors_sha256, write_tensors
 from hypersd_pipeline.models.dual_encoder import DualEncoder, features_of_captions, features_of_images, load_dual_encoder
@@ -101,10 +103,10 @@ def make_preferences(manifest: Manifest, config: PreferencesConfig) -> tuple[Cal
     return partial(write_preferences_cache, parts=parts, encoder_key=tensors_sha256(encoder.trained_tensors())), rejected
 
 
-def _load_images(paths: Sequence[Path], size: int) -> Tensor:
-    """uint8 ``[n, 3, size, size]``, centre squares."""
+def _fitted(loads: Sequence[Callable[[], Image.Image]], size: int) -> Tensor:
+    """What the functions load, as uint8 ``[n, 3, size, size]``, centre squares."""
     with ThreadPoolExecutor(4) as pool:
-        pixels = list(pool.map(lambda path: fit(load_image(path), size)[0], paths))
+        pixels = list(pool.map(lambda load: fit(load(), size)[0], loads))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
@@ -145,7 +147,7 @@ def _pairs_of_rows(
 ) -> PairSet:
     n = len(rows)
     captions = [row.captions[0] for row in rows]
-    images = _load_images([manifest.path(row) for row in rows], encoder.config.image_size)
+    images = _fitted([partial(load_row, manifest, row) for row in rows], encoder.config.image_size)
     rounds = [degrade(images, rng)[0] for _ in range(config.degraded)]
     image = torch.cat([features_of_images(encoder, batch) for batch in (images, *rounds)])
     text = features_of_captions(encoder, captions)
@@ -294,7 +296,7 @@ def pairs_from_preferences(preferences: Sequence[Preference], encoder: DualEncod
         prompts = sorted({row.prompt for row in rows})
         at = {path: i for i, path in enumerate(paths)}
         pairs = [[at[row.winner], prompts.index(row.prompt), at[row.loser], prompts.index(row.prompt)] for row in rows]
-        image = features_of_images(encoder, _load_images(paths, encoder.config.image_size))
+        image = features_of_images(encoder, _fitted([partial(load_image, path) for path in paths], encoder.config.image_size))
         text = features_of_captions(encoder, prompts)
         made[part] = PairSet(image.cpu(), text.cpu(), torch.tensor(pairs), torch.zeros(len(pairs), dtype=torch.int64), (PREFERENCE,))
     return made

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hypersd_pipeline.data.lines import Lines
 from hypersd_pipeline.data.reading import is_split_name, name_fault, shown
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import replacing_folder, sha256_of, write_text
@@ -46,7 +47,11 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Row:
-    """A good row of the manifest. ``file`` is relative to the data set's root. ``sha256`` is of the file's bytes."""
+    """A good row of the manifest. ``file`` is relative to the data set's root. ``sha256`` is of the file's bytes.
+
+    Attributes:
+        inside: for an image inside a tar: the tar's name below the root, and where the image's bytes begin and how many there are.
+    """
 
     image_id: str
     file: str
@@ -55,27 +60,56 @@ class Row:
     height: int
     n_instances: int
     sha256: str
+    inside: tuple[str, int, int] | None = None
 
     def digest(self) -> str:
-        """sha256 of everything in the row."""
-        return sha256_of(asdict(self))
+        """sha256 of everything in the row, but for where in a tar it lies."""
+        return sha256_of(self.content())
+
+    def content(self) -> dict[str, Any]:
+        """What the row is, wherever its bytes lie."""
+        values = asdict(self)
+        del values["inside"]
+        return values
+
+    def line(self) -> bytes:
+        """The row as a line of a JSONL file."""
+        values = self.content() | ({} if self.inside is None else {"inside": self.inside})
+        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The good rows of every split, and the folder that their files are in."""
+    """The good rows of every split, and the folder that their files are in.
+
+    Attributes:
+        splits: the rows of each split. They may lie on the disk, see `hypersd_pipeline.data.lines.Lines`.
+        address: where the files are if not on this machine, such as ``s3://bucket/folder``. ``root`` has no meaning then.
+    """
 
     root: Path
-    splits: dict[str, tuple[Row, ...]] = field(default_factory=dict)
+    splits: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    address: str | None = None
 
     def path(self, row: Row) -> Path:
-        """The image file of a row."""
+        """The image file of a row that is a file of this machine."""
         return self.root / row.file
+
+    def where(self, row: Row) -> str:
+        """Where a row's image is, for messages."""
+        return f"{self.address or self.root}/{row.file}"
 
     @cached_property
     def key(self) -> str:
         """sha256 of all rows, image bytes included. The same wherever the folder lies."""
-        return sha256_of({name: [row.digest() for row in rows] for name, rows in self.splits.items()})
+        digest = hashlib.sha256(b"{")  # as `sha256_of` of {split: [digests]}, without holding the digests
+        for number, (name, rows) in enumerate(sorted(self.splits.items())):
+            digest.update(f"{', ' if number else ''}{json.dumps(name, ensure_ascii=False)}: [".encode())
+            for position, row in enumerate(rows):
+                digest.update(f'{", " if position else ""}"{row.digest()}"'.encode())
+            digest.update(b"]")
+        digest.update(b"}")
+        return digest.hexdigest()
 
 
 def share_of(image_id: str) -> float:
@@ -96,9 +130,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         root = Path(os.path.relpath(root, folder.absolute()))
     with replacing_folder(folder) as part:
         for name, rows in manifest.splits.items():
-            with open(part / f"{_split_name(name)}.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-        write_text(part / "root.json", json.dumps({"root": root.as_posix(), "splits": list(manifest.splits)}, indent=2) + "\n")
+            with open(part / f"{_split_name(name)}.jsonl", "wb") as file:
+                file.writelines(row.line() for row in rows)
+        head: dict[str, Any] = {"root": root.as_posix(), "splits": list(manifest.splits)}
+        if manifest.address is not None:
+            head = {"root": manifest.address, "splits": list(manifest.splits), "remote": True}
+        write_text(part / "root.json", json.dumps(head, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -109,13 +146,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         head = json.loads((folder / "root.json").read_text(encoding="utf-8"))
-        splits = {name: tuple(_rows(folder / f"{_split_name(name)}.jsonl")) for name in head["splits"]}
-        root = Path(os.path.normpath(folder / head["root"]))
+        splits = {name: _rows(folder / f"{_split_name(name)}.jsonl") for name in head["splits"]}
+        address = str(head["root"]) if head.get("remote") else None
+        root = folder if address else Path(os.path.normpath(folder / head["root"]))
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing; run data_prep first (kedro run --pipelines data_prep).") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{folder}: the manifest is damaged ({error}); run data_prep again (kedro run --pipelines data_prep).") from None
-    return Manifest(root, splits)
+    return Manifest(root, splits, address)
 
 
 def _split_name(name: Any) -> str:
@@ -124,15 +162,25 @@ def _split_name(name: Any) -> str:
     return str(name)
 
 
-def _rows(path: Path) -> Iterable[Row]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            values = json.loads(line)
-            row = Row(**{**values, "captions": tuple(values["captions"])})
-            texts = (row.image_id, row.file, row.sha256, *row.captions)
-            numbers = (row.width, row.height, row.n_instances)
-            if not (row.captions and all(type(text) is str for text in texts) and all(type(number) is int for number in numbers)):
-                raise TypeError(f"{path.name} has a row of another form")
-            if fault := name_fault(row.file):
-                raise ValueError(fault)
-            yield row
+def _rows(path: Path) -> Lines[Row]:
+    """The rows of a split, which stay in the file. All are read once. Raises ValueError and the like where one is of another form."""
+    return Lines(open(path, "rb"), parse_row, keep=lambda line: bool(parse_row(line)))
+
+
+def parse_row(line: bytes) -> Row:
+    """A row from a line that :meth:`Row.line` made.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is of another form.
+    """
+    values = json.loads(line)
+    place = values.get("inside")
+    inside = None if place is None else (str(place[0]), int(place[1]), int(place[2]))
+    row = Row(**{**values, "captions": tuple(values["captions"]), "inside": inside})
+    texts = (row.image_id, row.file, row.sha256, *row.captions)
+    numbers = (row.width, row.height, row.n_instances)
+    if not (row.captions and all(type(text) is str for text in texts) and all(type(number) is int for number in numbers)):
+        raise TypeError("it has a row of another form")
+    if fault := name_fault(row.file) or (inside and name_fault(inside[0])):
+        raise ValueError(fault)
+    return row

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hypersd_pipeline.data.images import fit, load_image
+from hypersd_pipeline.data.images import fit
 from hypersd_pipeline.data.rows import Manifest, Row
+from hypersd_pipeline.data.stored import load_row
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import write_tensors, write_text
 from hypersd_pipeline.metrics.config import EvaluationConfig
@@ -44,7 +45,7 @@ def choose_rows(rows: Sequence[Row], n: int, seed: int) -> list[Row]:
 def images_of(manifest: Manifest, rows: Sequence[Row], resolution: int, batch_size: int) -> Iterator[Tensor]:
     """Batches of the rows' images as the latent cache prepares them, ``[b, 3, r, r]`` in [0, 1]."""
     for start in range(0, len(rows), batch_size):
-        pixels = [fit(load_image(manifest.path(row)), resolution)[0] for row in rows[start : start + batch_size]]
+        pixels = [fit(load_row(manifest, row), resolution)[0] for row in rows[start : start + batch_size]]
         yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hypersd_pipeline.data.cache_build import select_rows
 from hypersd_pipeline.data.coco import instance_fault
-from hypersd_pipeline.data.config import DataConfig, FolderSource
-from hypersd_pipeline.data.images import fit, load_image
+from hypersd_pipeline.data.config import DataConfig, FolderSource, ShardsSource
+from hypersd_pipeline.data.images import fit
 from hypersd_pipeline.data.rows import Manifest, RawRow, Row
+from hypersd_pipeline.data.stored import load_row
 from hypersd_pipeline.data.validate import read_splits
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.perception.protocol import Instances, LabelMap
@@ -53,7 +54,7 @@ class AnnotatedSplit:
 
     def image(self, index: int) -> Tensor:
         """float32 ``[3, resolution, resolution]`` in [0, 1]."""
-        pixels, _ = fit(load_image(self.manifest.path(self.rows[index])), self.resolution)
+        pixels, _ = fit(load_row(self.manifest, self.rows[index]), self.resolution)
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
     def instances(self, index: int) -> Instances:
@@ -83,8 +84,9 @@ def _annotations(manifest: Manifest, data: DataConfig, split: str, rows: Sequenc
         UserError: there are none, all are crowds, or the file has changed since the rows were validated.
     """
     cure = "masks come with kind: coco (instances), or with the embedded scenes"
-    if isinstance(data.source, FolderSource):
-        raise UserError(f"data.source: a folder of images has no instance masks; {cure}.")
+    if isinstance(data.source, FolderSource | ShardsSource):
+        what = "a folder of images has" if isinstance(data.source, FolderSource) else "shards have"
+        raise UserError(f"data.source: {what} no instance masks; {cure}.")
     wanted = {row.image_id: row for row in rows}
     found: dict[str, list[dict[str, Any]]] = {}
     for raw in read_splits(data.source, manifest.root)[split]:
