@@ -125,7 +125,7 @@ def test_http(tmp_path: Path) -> None:
             check(server.address, tmp_path / "two", splits=None)
     with served(root, ranges=False) as server, pytest.raises(UserError, match="the server gives no parts of a file"):
         check(server.address, tmp_path / "three")
-    with pytest.raises(UserError, match="is missing or cannot be reached .*ClientConnectorError"):
+    with pytest.raises(UserError, match=r"is missing or cannot be reached .*ClientConnectorError"):
         check(server.address, tmp_path / "three")
 
 

@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.data.lines import Lines
 from hypersd_pipeline.draws import rand, randn
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.files import write_tensors
+from hypersd_pipeline.files import file_sha256, write_tensors
 
 if TYPE_CHECKING:
     from hypersd_pipeline.models.teacher import Teacher
@@ -103,6 +104,11 @@ def read_shard(path: Path) -> tuple[Shard, dict[str, Tensor]]:
     if _digest(shard.key, shard.rows, tensors) != shard.sha256:
         raise UserError(f"{path} is damaged (its checksum is another one); {CURE}.")
     return shard, tensors
+
+
+def read_captions(path: Path) -> Sequence[str]:
+    """The distinct captions, by number. They stay in the file, which is a JSON list with one caption a line."""
+    return Lines(open(path, "rb"), lambda line: str(json.loads(line.strip().removesuffix(b","))), keep=lambda line: line.startswith(b' "'))
 
 
 def _belonging(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -229,10 +235,9 @@ class LatentCache:
             self.key, self.parts, self.splits = str(self.index["key"]), dict(self.index["parts"]), list(self.index["splits"])
             if self.parts.get("format") != FORMAT:
                 raise UserError(f"{self.path} was made by another version of this project; {CURE}.")
-            captions = (self.path / CAPTIONS).read_bytes()
-            if hashlib.sha256(captions).hexdigest() != self.index["captions"]:
+            if file_sha256(self.path / CAPTIONS) != self.index["captions"]:
                 raise ValueError(f"{CAPTIONS} does not belong to it")
-            self.captions: list[str] = json.loads(captions)
+            self.captions = read_captions(self.path / CAPTIONS)
             self._text = _Shards(self.path, self.index["text"])
             self._others = {name: dict(self.index[name]) for name in ("rows", "unconditional")}
             self._split_caches = {name: SplitCache(self, name) for name in self.splits}

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from hypersd_pipeline.data.cache import (
 )
 from hypersd_pipeline.data.config import DataConfig
 from hypersd_pipeline.data.images import decode_image, fit
+from hypersd_pipeline.data.lines import Picked
 from hypersd_pipeline.data.probe import probe
 from hypersd_pipeline.data.reading import BadFile
 from hypersd_pipeline.data.rows import Manifest, Row, share_of
@@ -46,6 +48,7 @@ from hypersd_pipeline.models.teacher import Teacher
 log = logging.getLogger(__name__)
 
 TEXT = "text"
+T = TypeVar("T")
 Fitted = tuple[np.ndarray, tuple[int, int]]  # pixels, and the crop's top and left: what `fit` gives
 AHEAD = 2  # batches that are read before they are needed
 KEY = 32  # hexadecimal digits of a row's key: 128 bits
@@ -159,7 +162,7 @@ class _Build:
         names = ("vae", "vae_dtype", "resolution", "dtype", "format")
         latents = {name: self.parts[name] for name in names} | {"layout": teacher.layout, "probe": encoders["vae"]}
         text = {name: self.parts[name] for name in ("text", "encoder_dtype", "text_dtype", "format")} | {"probe": encoders["text"]}
-        self._plans = {name: _plan(name, latents, [row.sha256 for row in rows], config) for name, rows in self.splits.items()}
+        self._plans = {name: _plan(name, latents, (row.sha256 for row in rows), config) for name, rows in self.splits.items()}
         self._text_plan = _plan(TEXT, text, self.captions, config)
         self._store = _Store(path, config.workers)
 
@@ -218,10 +221,11 @@ class _Build:
 
     # --- shards --------------------------------------------------------------------------------------------------------------------------
 
-    def _missing(self, plans: Sequence[_Plan], items: Sequence[Any]) -> list[Any]:
+    def _missing(self, plans: Sequence[_Plan], items: Sequence[T]) -> Picked[T]:
         """What must be encoded, in order."""
-        wanted = [plan for plan in plans if not self._store.has(plan)]
-        return [item for plan in wanted for key, item in zip(plan.rows, items[plan.at], strict=True) if key not in self._store]
+        wanted = (plan for plan in plans if not self._store.has(plan))
+        numbers = (plan.at.start + i for plan in wanted for i, key in enumerate(plan.rows) if key not in self._store)
+        return Picked(items, array("q", numbers))
 
     def _write_split(self, name: str, rows: Sequence[Row]) -> list[Shard]:
         return self._fill(name, self._plans[name], self._encoded_rows(self._missing(self._plans[name], rows)))
@@ -327,7 +331,7 @@ class _Build:
                 left.unlink(missing_ok=True)
 
 
-def _plan(name: str, recipe: Mapping[str, str], contents: Sequence[str], config: DataConfig) -> list[_Plan]:
+def _plan(name: str, recipe: Mapping[str, str], contents: Iterable[str], config: DataConfig) -> list[_Plan]:
     """Shards of a split, or of the captions. A row's key is a hash of what it is made of and of what encodes it."""
     base = sha256_of(dict(recipe))
     keys = [sha256(f"{base}\0{content}".encode()).hexdigest()[:KEY] for content in contents]
@@ -349,10 +353,15 @@ def _groups(keys: Sequence[str], size: int) -> Iterator[slice]:
             start = stop
 
 
-def select_rows(rows: Sequence[Row], config: DataConfig) -> list[Row]:
-    """``max_images`` rows by hash, in their old order, each with ``max_captions`` captions."""
-    chosen = set(sorted((row.image_id for row in rows), key=share_of)[: config.max_images])
-    return [replace(row, captions=row.captions[: config.max_captions]) for row in rows if row.image_id in chosen]
+def select_rows(rows: Sequence[Row], config: DataConfig) -> Sequence[Row]:
+    """``max_images`` rows by hash, in their old order, each with ``max_captions`` captions. They stay where ``rows`` has them."""
+    numbers: Sequence[int] = range(len(rows))
+    if config.max_images is not None:
+        shares = np.fromiter((share_of(row.image_id) for row in rows), np.float64, len(rows))
+        numbers = array("q", np.sort(np.argsort(shares, kind="stable")[: config.max_images]).tolist())
+    if config.max_captions is None:
+        return Picked(rows, numbers)
+    return Picked(rows, numbers, lambda row: replace(row, captions=row.captions[: config.max_captions]))
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -71,7 +71,7 @@ class Lines(Sequence[T], Generic[T]):
 class Picked(Sequence[T], Generic[T]):
     """Some items of a sequence, by number, each perhaps changed on the way."""
 
-    def __init__(self, items: Sequence[T], numbers: Sequence[int], change: Callable[[T], T]) -> None:
+    def __init__(self, items: Sequence[T], numbers: Sequence[int], change: Callable[[T], T] = lambda item: item) -> None:
         self._items, self._numbers, self._change = items, numbers, change
 
     def __len__(self) -> int:
