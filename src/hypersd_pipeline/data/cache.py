@@ -119,6 +119,12 @@ def _belonging(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def check_numbers(rows: Tensor, count: int) -> None:
+    """Raises IndexError for numbers of rows that there are not."""
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < count):
+        raise IndexError(f"rows {int(rows.min())}..{int(rows.max())} of {count}")
+
+
 class _Shards:
     """Rows that lie in several files: opened when first needed, mapped into memory, gathered by row number."""
 
@@ -136,14 +142,9 @@ class _Shards:
             self._opened[number] = _belonging(self.path, self.entries[number])
         return self._opened[number]
 
-    def check(self, rows: Tensor) -> None:
-        """Raises IndexError for numbers of rows that there are not."""
-        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
-            raise IndexError(f"rows {int(rows.min())}..{int(rows.max())} of {len(self)}")
-
     def locate(self, rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Per file that holds some of ``rows``: its number, the positions in ``rows``, and the row numbers in the file."""
-        self.check(rows)
+        check_numbers(rows, len(self))
         numbers = torch.searchsorted(self.starts, rows, right=True) - 1
         for number in numbers.unique().tolist():
             positions = (numbers == number).nonzero().flatten()
@@ -168,7 +169,12 @@ class SplitCache:
         self._shards = _Shards(cache.path, cache.index["splits"][name])
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self._shards) if self.has_images else len(self._cache.row_tensors[f"{self.name}.caption_offsets"]) - 1
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are latents. Prompts have none."""
+        return bool(self._shards.entries)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -184,7 +190,12 @@ class SplitCache:
 
         Returns:
             scaled latents, float32 ``[b, C, h, w]``, on the CPU.
+
+        Raises:
+            UserError: the data are prompts without images.
         """
+        if not self.has_images:
+            raise UserError("data.source: prompts have no images, and this stage trains on images; use a source with images for it.")
         mean = self._shards.gather("mean", indices)
         if generator is None:
             return mean
@@ -193,7 +204,7 @@ class SplitCache:
     def caption_numbers(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One caption per row, as a number into the distinct captions, int64 ``[b]``: the first, or one drawn by ``generator``."""
         draws = torch.zeros(len(indices)) if generator is None else rand((len(indices),), generator)
-        self._shards.check(indices)
+        check_numbers(indices, len(self))
         offsets, numbers = (self._cache.row_tensors[f"{self.name}.{name}"] for name in ("caption_offsets", "captions"))
         start, stop = offsets[indices], offsets[indices + 1]
         return numbers[start + (draws * (stop - start)).long()]
@@ -201,12 +212,16 @@ class SplitCache:
     def conditioning(self, indices: Tensor, generator: torch.Generator | None = None) -> Conditioning:
         """Text conditioning of the rows, float32 on the CPU, with each image's own ``sizes`` where the teacher is SDXL.
 
+        Prompts without images have the default sizes of the unconditional half.
+
         Args:
             indices: int64 ``[b]``. generator: draws one of an image's captions. None takes the first.
         """
         cond = self._cache.text(self.caption_numbers(indices, generator))
         if cond.pooled is None:
             return cond
+        if not self.has_images:
+            return Conditioning(cond.prompt_embeds, cond.pooled, self.unconditional(len(indices)).sizes)
         return Conditioning(cond.prompt_embeds, cond.pooled, self._shards.gather("sizes", indices))
 
     def captions(self, indices: Tensor, generator: torch.Generator | None = None) -> list[str]:

@@ -34,7 +34,7 @@ from hypersd_pipeline.data.cache import (
     read_shard,
     write_shard,
 )
-from hypersd_pipeline.data.config import DataConfig
+from hypersd_pipeline.data.config import DataConfig, PromptsSource
 from hypersd_pipeline.data.images import decode_image, fit
 from hypersd_pipeline.data.lines import Picked
 from hypersd_pipeline.data.probe import probe
@@ -162,7 +162,8 @@ class _Build:
         names = ("vae", "vae_dtype", "resolution", "dtype", "format")
         latents = {name: self.parts[name] for name in names} | {"layout": teacher.layout, "probe": encoders["vae"]}
         text = {name: self.parts[name] for name in ("text", "encoder_dtype", "text_dtype", "format")} | {"probe": encoders["text"]}
-        self._plans = {name: _plan(name, latents, (row.sha256 for row in rows), config) for name, rows in self.splits.items()}
+        with_images = {} if isinstance(config.source, PromptsSource) else self.splits
+        self._plans = {name: _plan(name, latents, (row.sha256 for row in rows), config) for name, rows in with_images.items()}
         self._text_plan = _plan(TEXT, text, self.captions, config)
         self._store = _Store(path, config.workers)
 
@@ -228,7 +229,8 @@ class _Build:
         return Picked(items, array("q", numbers))
 
     def _write_split(self, name: str, rows: Sequence[Row]) -> list[Shard]:
-        return self._fill(name, self._plans[name], self._encoded_rows(self._missing(self._plans[name], rows)))
+        plans = self._plans.get(name, [])  # none for prompts
+        return self._fill(name, plans, self._encoded_rows(self._missing(plans, rows)))
 
     def _fill(self, name: str, plans: Sequence[_Plan], encoded: Iterator[dict[str, Tensor]]) -> list[Shard]:
         """Write the planned shards that are not there: rows of other shards are copied, the others taken from ``encoded``, in order."""

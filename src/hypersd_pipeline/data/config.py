@@ -184,7 +184,28 @@ class ShardsSource(Strict):
     filters: ShardFilters = ShardFilters()
 
 
-Source = TwemojiSource | CocoSource | FolderSource | ShardsSource
+class PromptsSource(Strict):
+    """Captions without images: enough for stored pairs, distribution matching and rewards.
+
+    Attributes:
+        file: a ``.txt`` with one caption a line, a ``.jsonl`` or a ``.parquet`` file.
+        column: the key or the column that has the caption.
+        splits: our name -> a share of the captions. None: a split by hash, 90 : 5 : 5.
+    """
+
+    kind: Literal["prompts"]
+    file: Root
+    column: str = "text"
+    splits: Splits | None = None
+
+    @model_validator(mode="after")
+    def _shares_only(self) -> PromptsSource:
+        if any(split.of != "." for split in (self.splits or {}).values()):
+            raise ValueError("splits of prompts are shares of one file; write {train: {share: [0, 0.9]}, test: {share: [0.9, 1]}}")
+        return self
+
+
+Source = TwemojiSource | CocoSource | FolderSource | ShardsSource | PromptsSource
 
 
 class DataConfig(Strict):

@@ -52,6 +52,8 @@ def load_row(manifest: Manifest, row: Row) -> Image.Image:
     Raises:
         UserError: it has gone, or is good no longer.
     """
+    if not row.width:
+        raise UserError("data.source: prompts have no images, and this step needs them; use a source with images for it.")
     try:
         return decode_image(read_row(manifest, row))
     except BadFile as fault:

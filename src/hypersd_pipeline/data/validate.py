@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hypersd_pipeline.data.coco import instance_fault, read_coco
-from hypersd_pipeline.data.config import CocoSource, FolderSource, ShardsSource, Source, SplitSource, TwemojiSource
+from hypersd_pipeline.data.config import CocoSource, FolderSource, PromptsSource, ShardsSource, Source, SplitSource, TwemojiSource
 from hypersd_pipeline.data.folder import folder_splits, read_folder, strays
 from hypersd_pipeline.data.images import MAX_BYTES, decode_image
 from hypersd_pipeline.data.place import scheme_of
+from hypersd_pipeline.data.prompts import check_prompts, prompt_splits
 from hypersd_pipeline.data.reading import BadFile, is_text, name_fault, plain, printable, read_inside, shown
 from hypersd_pipeline.data.rows import Manifest, RawRow, Rejected, Row, share_of
 from hypersd_pipeline.data.shards import check_shards, shard_splits
@@ -54,6 +55,8 @@ def validate(source: Source, dataset: Path, workers: int = 4, complete: bool = F
     """
     if isinstance(source, ShardsSource):
         return _validate_shards(source, dataset, workers, complete)
+    if isinstance(source, PromptsSource):
+        return _validate_prompts(source, complete)
     root = dataset if isinstance(source, TwemojiSource) else Path(os.path.expanduser(source.root)).absolute()
     _check_root(root, dataset)
     refused: list[tuple[str, Rejected]] = []
@@ -104,13 +107,7 @@ def _validate_shards(source: ShardsSource, dataset: Path, workers: int, complete
         if not os.path.isdir(root):
             raise UserError(f"data.source.root: {printable(str(root))} is not a folder; give the folder that holds the shards.")
     splits, refused = check_shards(source, dataset, workers)
-    good: dict[str, Sequence[Row]] = {}
-    for name, rows in splits.items():
-        log.info("%s: %d good rows", name, len(rows))
-        if len(rows):
-            good[name] = rows
-        else:
-            log.warning("split %r is empty and is left out", name)
+    good = _without_empty(splits)
     if not good:
         raise UserError(f"{source.root} has no images{_first(refused)}; check data.source.")
     if complete:
@@ -118,6 +115,34 @@ def _validate_shards(source: ShardsSource, dataset: Path, workers: int, complete
         _check_enough(good, layout)
     _check_copies(good)
     return Manifest(root, good, None if here else source.root.rstrip("/")), _table(refused)
+
+
+def _validate_prompts(source: PromptsSource, complete: bool) -> tuple[Manifest, pd.DataFrame]:
+    """:func:`validate` for captions without images."""
+    layout = prompt_splits(source)
+    if complete:
+        _check_names(layout)
+    splits, reports = check_prompts(source)
+    refused = [(NO_SPLIT, report) for report in reports]
+    good = _without_empty(splits)
+    if not good:
+        raise UserError(f"{source.file} has no captions{_first(refused)}; check data.source.")
+    if complete:
+        _check_names(good)
+        _check_enough(good, layout)
+    return Manifest(Path(os.path.expanduser(source.file)).absolute().parent, good), _table(refused)
+
+
+def _without_empty(splits: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
+    """The splits that have rows. The log says which ones have none."""
+    good: dict[str, Sequence[Row]] = {}
+    for name, rows in splits.items():
+        log.info("%s: %d good rows", name, len(rows))
+        if len(rows):
+            good[name] = rows
+        else:
+            log.warning("split %r is empty and is left out", name)
+    return good
 
 
 def read_splits(source: RowSource, root: Path) -> dict[str, Iterator[RawRow | Rejected]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hypersd_pipeline.data.cache_build import select_rows
 from hypersd_pipeline.data.coco import instance_fault
-from hypersd_pipeline.data.config import DataConfig, FolderSource, ShardsSource
+from hypersd_pipeline.data.config import DataConfig, FolderSource, PromptsSource, ShardsSource
 from hypersd_pipeline.data.images import fit
 from hypersd_pipeline.data.rows import Manifest, RawRow, Row
 from hypersd_pipeline.data.stored import load_row
@@ -84,8 +84,8 @@ def _annotations(manifest: Manifest, data: DataConfig, split: str, rows: Sequenc
         UserError: there are none, all are crowds, or the file has changed since the rows were validated.
     """
     cure = "masks come with kind: coco (instances), or with the embedded scenes"
-    if isinstance(data.source, FolderSource | ShardsSource):
-        what = "a folder of images has" if isinstance(data.source, FolderSource) else "shards have"
+    if isinstance(data.source, FolderSource | ShardsSource | PromptsSource):
+        what = "a folder of images has" if isinstance(data.source, FolderSource) else f"{data.source.kind} have"
         raise UserError(f"data.source: {what} no instance masks; {cure}.")
     wanted = {row.image_id: row for row in rows}
     found: dict[str, list[dict[str, Any]]] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hypersd_pipeline.data.config import DataConfig, TwemojiSource
+from hypersd_pipeline.data.config import DataConfig, PromptsSource, TwemojiSource
 from hypersd_pipeline.data.rows import Manifest
 from hypersd_pipeline.data.twemoji import write_dataset
 from hypersd_pipeline.data.validate import validate
@@ -20,7 +20,8 @@ def generate_dataset(data: DataConfig) -> Callable[[Path], None]:
     """A writer of the embedded data set. For a data set of the user's own, of a note that says where it is."""
     if isinstance(data.source, TwemojiSource):
         return partial(write_dataset, config=data.source.scenes())
-    return partial(_write_note, kind=data.source.kind, root=data.source.root)
+    place = data.source.file if isinstance(data.source, PromptsSource) else data.source.root
+    return partial(_write_note, kind=data.source.kind, root=place)
 
 
 def _write_note(path: Path, kind: str, root: str) -> None:
