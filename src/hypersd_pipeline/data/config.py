@@ -149,7 +149,7 @@ class ShardFilters(Strict):
             A sample without that number is left out.
     """
 
-    min_side: int | None = Field(default=None, ge=1)
+    min_side: Count | None = None
     aspect: tuple[float, float] | None = None
     scores: dict[str, tuple[float | None, float | None]] = Field(default_factory=dict)
 
