@@ -103,7 +103,7 @@ def check_parameters(loader: AbstractConfigLoader, root: Path) -> None:
             raise UserError(_sentence(error, key, model, parameters, loader, root)) from error
     _check_stages(checked, loader, root)
     _check_shares(checked, loader, root)
-    _check_masks(checked)
+    _check_data(checked)
 
 
 def _check_sections(parameters: dict[str, Any], loader: AbstractConfigLoader, root: Path) -> None:
@@ -195,12 +195,15 @@ def _stage_problem(key: str, stage: StageConfig) -> str | None:
     return None
 
 
-def _check_masks(checked: Mapping[str, Any]) -> None:
-    """Raises UserError for a segmenter on data that cannot have instance masks, before any stage is trained."""
+def _check_data(checked: Mapping[str, Any]) -> None:
+    """Raises UserError for a stage whose terms need images or instance masks that the data cannot have, before any stage is trained."""
     data = checked.get("data")
     if data is None or data.source.kind in ("twemoji", "coco"):
         return
     for key, stage in stages_of(checked):
+        if data.source.kind == "prompts" and stage.consistency is not None:
+            name = next(name for name, term in stage.terms.items() if term is stage.consistency)
+            raise UserError(f"{key}.terms.{name}: a data source of kind 'prompts' has no images; set the term to null or use another kind.")
         segmenter = getattr(stage, "segmenter", None)
         if segmenter is not None:
             name = next(name for name, term in stage.terms.items() if term is segmenter)
