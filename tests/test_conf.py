@@ -159,7 +159,7 @@ def test_full_size_stages_have_rates_and_lengths_of_their_own(env):
     }
     progressive = sum(stages[name].loop.steps * ideal_forwards(stages[name], 0.4) for name in PROGRESSIVE)
     for name, forwards in {**single, "progressive": progressive}.items():
-        assert 0.8 < forwards / ours < 1.25, name
+        assert 0.75 < forwards / ours < 1.25, name  # the judge of our stages comes on top, as in conf/base
     assert stages["baseline_lcm"].loop.learning_rate == 1e-4 and stages["baseline_tcd"].loop.learning_rate == 5e-6
     assert all(stages[name].loop.learning_rate == 5e-6 for name in PROGRESSIVE)
     weights = [(stages[f"tscd_k{k}"].consistency.weight, stages[f"tscd_k{k}"].terms["adversarial"].weight) for k in (8, 4, 2, 1)]

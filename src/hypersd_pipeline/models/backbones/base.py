@@ -53,6 +53,22 @@ class Backbone(ABC):
     def feature_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """``(C, h', w')`` of `features` for latents ``(c, h, w)``."""
 
+    def feature_levels(self, x_t: Tensor, t: Tensor, cond: Conditioning, levels: int) -> list[Tensor]:
+        """`features`, and with more than one level those of ``levels - 1`` earlier parts of the encoder, the last part first.
+
+        Raises:
+            UserError: the family has no features at so many levels.
+        """
+        if levels > 1:
+            raise UserError(f"terms.adversarial.levels is {levels}, but {self.class_name} gives features at one level; use 1.")
+        return [self.features(x_t, t, cond)]
+
+    def feature_shapes(self, latent_shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:
+        """``(C, h', w')`` of each of `feature_levels`. Raises UserError as it does."""
+        if levels > 1:
+            raise UserError(f"terms.adversarial.levels is {levels}, but {self.class_name} gives features at one level; use 1.")
+        return [self.feature_shape(latent_shape)]
+
     @abstractmethod
     def feature_module(self) -> nn.Module:
         """The module whose output gives `features` (by `features_of`)."""

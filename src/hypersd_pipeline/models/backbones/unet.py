@@ -42,17 +42,22 @@ class UNetBackbone(Backbone):
 
     def features(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The output of the mid block: what the whole pass computes there, without the decoder (SDXL-Lightning, section 3.2)."""
+        return self.feature_levels(x_t, t, cond, 1)[0]
+
+    def feature_levels(self, x_t: Tensor, t: Tensor, cond: Conditioning, levels: int) -> list[Tensor]:
+        """See `Backbone`. The mid block's output, then the blocks' before it, from the last to the first."""
         unet, x = self.module, x_t.to(self.dtype)
         inputs = call_arguments(cond.to(dtype=self.dtype))
         text, added = inputs["encoder_hidden_states"], inputs.get("added_cond_kwargs", {})
         emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
         extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
         emb = emb if extra is None else emb + extra
-        x = unet.conv_in(x)
+        x, seen = unet.conv_in(x), []
         for block in unet.down_blocks:
             crossed = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
             x, _ = block(hidden_states=x, temb=emb, **crossed)
-        return unet.mid_block(x, emb, encoder_hidden_states=text)  # type: ignore[no-any-return]
+            seen.append(x)
+        return [unet.mid_block(x, emb, encoder_hidden_states=text), *seen[:-levels:-1]]
 
     def feature_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """See `Backbone`. Each block but the last halves the sides, rounded up."""
@@ -61,6 +66,19 @@ class UNetBackbone(Backbone):
             if block.downsamplers is not None:
                 height, width = (height + 1) // 2, (width + 1) // 2
         return self.module.config.block_out_channels[-1], height, width
+
+    def feature_shapes(self, latent_shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:
+        """See `Backbone`."""
+        blocks = self.module.down_blocks
+        if levels > 1 + len(blocks):
+            raise UserError(f"terms.adversarial.levels is {levels}, but the teacher's encoder has {1 + len(blocks)} levels; lower it.")
+        _, height, width = latent_shape
+        shapes = []
+        for block, channels in zip(blocks, self.module.config.block_out_channels, strict=True):
+            if block.downsamplers is not None:
+                height, width = (height + 1) // 2, (width + 1) // 2
+            shapes.append((channels, height, width))
+        return [self.feature_shape(latent_shape), *shapes[:-levels:-1]]
 
     def feature_module(self) -> nn.Module:
         """The mid block."""
