@@ -44,6 +44,7 @@ MEANING = {
     "text_dtype": "data.text_dtype",
     "max_images": "data.max_images",
     "max_captions": "data.max_captions",
+    "sizes": "data.sizes",
     "encoders": "what the teacher's encoders give for a fixed image and prompt",
     "format": "the cache format",
 }
@@ -193,7 +194,7 @@ class SplitCache:
         return numbers[start + (draws * (stop - start)).long()]
 
     def conditioning(self, indices: Tensor, generator: torch.Generator | None = None) -> Conditioning:
-        """Text conditioning of the rows, float32 on the CPU, with each image's own ``sizes`` where the teacher is SDXL.
+        """Text conditioning of the rows, float32 on the CPU. Where the teacher is SDXL, with ``sizes`` as ``data.sizes`` says.
 
         Args:
             indices: int64 ``[b]``. generator: draws one of an image's captions. None takes the first.
@@ -201,7 +202,11 @@ class SplitCache:
         cond = self._cache.text(self.caption_numbers(indices, generator))
         if cond.pooled is None:
             return cond
-        return Conditioning(cond.prompt_embeds, cond.pooled, self._shards.gather("sizes", indices))
+        if self._cache.parts.get("sizes", "image") == "default":
+            sizes = self._cache.unconditional(len(indices)).sizes
+        else:
+            sizes = self._shards.gather("sizes", indices)
+        return Conditioning(cond.prompt_embeds, cond.pooled, sizes)
 
     def captions(self, indices: Tensor, generator: torch.Generator | None = None) -> list[str]:
         """The captions that :meth:`conditioning` uses for the same ``indices`` and the same state of ``generator``."""

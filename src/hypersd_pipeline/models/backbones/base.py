@@ -16,6 +16,33 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.config_rules import check_class, read_config
 
 
+class ExactConv2d(nn.Conv2d):
+    """A convolution in float32, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, c, h, w]`` in any floating dtype -> float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class ExactGroupNorm(nn.GroupNorm):
+    """A group normalisation in float32, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, c, h, w]`` in any floating dtype -> float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def exact(*modules: nn.Module) -> None:
+    """Make convolutions and group normalisations compute in float32, with float32 weights. Names and values of weights stay."""
+    kinds: dict[type, type] = {nn.Conv2d: ExactConv2d, nn.GroupNorm: ExactGroupNorm}
+    for module in modules:
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
+            module.float()
+
+
 class Backbone(ABC):
     """A denoising network of diffusers.
 

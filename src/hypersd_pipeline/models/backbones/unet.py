@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.backbones.base import Backbone
+from hypersd_pipeline.models.backbones.base import Backbone, exact
 from hypersd_pipeline.models.config_rules import (
     DEPTH,
     SIDE,
@@ -35,6 +35,10 @@ class UNetBackbone(Backbone):
     size_key = "sample_size"
     encoder_modules = "(down_blocks|mid_block)"
     input_names = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        exact(module.conv_norm_out, module.conv_out)  # rounded to bf16, eps would be multiplied by 14.6 on the way to x0
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See `Backbone`."""
