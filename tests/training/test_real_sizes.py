@@ -1,8 +1,8 @@
 """The stages of sd15 and sdxl move: with their rates, ranks and terms, on the shipped teacher, with small batches and few updates.
 
 A LoRA starts at zero, and AdamW moves each of its weights by about the learning rate in an update. A rate that suits a whole UNet leaves a
-LoRA where it is. The floors are relative changes of the network's output after as many updates as the environment has, as far as ten
-updates tell: the change of a LoRA from zero grows about in proportion to the number of updates.
+LoRA where it is. The floors are relative changes of the network's output after as many updates as the environment has.
+Ten updates tell it: the change of a LoRA from zero grows about in proportion to the number of updates.
 """
 
 import pytest
