@@ -43,9 +43,7 @@ def generator_loss(fake: Tensor, real: Tensor | None = None, kind: Loss = "softp
     return F.softplus(-fake).mean()
 
 
-def balanced(
-    gradient: Tensor, reference: Tensor, size: Callable[[Tensor], Tensor] = Tensor.norm, *, cap: float | None = None
-) -> Tensor:
+def balanced(gradient: Tensor, reference: Tensor, size: Callable[[Tensor], Tensor] = Tensor.norm, *, cap: float | None = None) -> Tensor:
     """``gradient`` scaled to the norm of ``reference``, so that a weight on it is a share. Unchanged where the reference is zero.
 
     Args:
