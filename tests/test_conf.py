@@ -25,6 +25,7 @@ from hypersd_pipeline.recipes.segmenter import SegmentationModelConfig
 from hypersd_pipeline.recipes.teacher.config import TeacherTrainingConfig
 from hypersd_pipeline.settings import CONFIG_LOADER_ARGS
 from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, StageConfig
+from hypersd_pipeline.training.cost import ideal_forwards
 
 CONF = Path(__file__).parents[1] / "conf"
 ENVIRONMENTS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "local")
@@ -124,7 +125,7 @@ def test_full_size_environments_hold_the_papers_sizes(env, source, resolution):
     for k in (8, 4, 2, 1):
         stage = stages[f"tscd_k{k}"]
         consistency = stage.consistency
-        assert (consistency.segments, consistency.solver_points, consistency.teacher, consistency.guidance) == (k, 40, "base", (3.0, 15.0))
+        assert (consistency.segments, consistency.solver_points, consistency.teacher, consistency.guidance) == (k, 40, "base", (6.0, 9.0))
         assert (stage.loop.batch_size, stage.loop.learning_rate, stage.loop.mixed_precision) == (512, 1e-6, "bf16")
         assert stage.loop.batch_size % stage.loop.accumulate == 0
         assert stage.gradient_checkpointing == (env == "sdxl")
@@ -133,14 +134,51 @@ def test_full_size_environments_hold_the_papers_sizes(env, source, resolution):
         assert one_step.terms["matching"].critic.updates == (10 if env == "sd15" else 5)  # DMD2's ratios
         assert one_step.loop.mixed_precision == "bf16" and one_step.loop.batch_size // one_step.loop.accumulate <= 16
         assert one_step.gradient_checkpointing == (env == "sdxl") and one_step.lora.rank in (16, 64)
-        assert one_step.loop.learning_rate == (3e-5 if one_step.loop.optimizer == "adafactor" else 1e-6)
+        assert one_step.loop.learning_rate == (3e-5 if one_step.loop.optimizer == "adafactor" else 1e-5)
 
 
 def test_sdxl_says_only_what_differs_from_sd15():
     own = yaml.safe_load((CONF / "sdxl/parameters.yml").read_text())
     assert own.pop("extends") == "sd15" and leaves(own) < 40
     sd15, sdxl = parameters("sd15"), parameters("sdxl")
-    assert sdxl["tscd"]["lora"] == sd15["tscd"]["lora"] and sdxl["feedback"]["stage"]["terms"] == sd15["feedback"]["stage"]["terms"]
+    assert sdxl["tscd"]["lora"] == sd15["tscd"]["lora"]
+    terms, others = (values["feedback"]["stage"]["terms"] for values in (sdxl, sd15))
+    assert {**terms, "anchor": None} == {**others, "anchor": None} and terms["anchor"][
+        "weight"
+    ] == 4  # a mean over four times as many latents
+
+
+@pytest.mark.parametrize("env", ["sd15", "sdxl"])
+def test_full_size_stages_have_rates_and_lengths_of_their_own(env):
+    stages = stages_of(parameters(env))
+    assert all(stages[name].terms["matching"].critic.learning_rate == 1e-4 for name in ONE_STEP)
+    assert (stages["feedback"].loop.learning_rate, stages["feedback"].loop.steps) == (1e-4, 500)
+    ours = sum(stages[f"tscd_k{k}"].loop.steps * ideal_forwards(stages[f"tscd_k{k}"], 0.4) for k in (8, 4, 2, 1))
+    single = {
+        name: stages[name].loop.steps * ideal_forwards(stages[name], 0.4) for name in ("baseline_lcm", "baseline_tcd", "baseline_pcm")
+    }
+    progressive = sum(stages[name].loop.steps * ideal_forwards(stages[name], 0.4) for name in PROGRESSIVE)
+    for name, forwards in {**single, "progressive": progressive}.items():
+        assert 0.75 < forwards / ours < 1.25, name  # the judge of our stages comes on top, as in conf/base
+    assert stages["baseline_lcm"].loop.learning_rate == 1e-4 and stages["baseline_tcd"].loop.learning_rate == 5e-6
+    assert all(stages[name].loop.learning_rate == 5e-6 for name in PROGRESSIVE)
+    weights = [(stages[f"tscd_k{k}"].consistency.weight, stages[f"tscd_k{k}"].terms["adversarial"].weight) for k in (8, 4, 2, 1)]
+    assert all(error * (1 + judge) == pytest.approx(1, abs=1e-3) for error, judge in weights) and weights == sorted(
+        weights, key=lambda pair: pair[1]
+    )
+
+
+@pytest.mark.parametrize("env", ["sd15", "sdxl"])
+def test_one_step_at_full_size_is_written_out_and_has_rewards(env):
+    written = parameters(env)["dmd"]["stage"]
+    stages = stages_of(parameters(env))
+    assert {kind: term["weight"] for kind, term in written["terms"].items() if kind not in ("laion_aesthetic", "image_reward")} == {
+        "consistency": 10, "matching": 1, "regression": 0.25, "adversarial": 0,
+    }  # fmt: skip
+    for name in ("dmd", "one_step_unet"):
+        assert {term.reward.kind for term in stages[name].active().values() if term.kind == "reward"} == {"laion_aesthetic", "image_reward"}
+        assert stages[name].decode_checkpointing
+    assert not any(stages[name].needs_images for name in ("baseline_dmd", "baseline_dmd2"))
 
 
 OWN_SDXL = """

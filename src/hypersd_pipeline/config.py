@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -46,12 +46,27 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that came later, whose default is what was done before: `for_key` leaves them out at their default."""
+
     @model_validator(mode="before")
     @classmethod
     def _yaml_words(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
         return {key: _meant(value, cls.model_fields[key].annotation) if key in cls.model_fields else value for key, value in values.items()}
+
+
+def for_key(config: BaseModel) -> dict[str, Any]:
+    """The configuration as part of a key. Keys that came later are left out at their default, so that older keys hold."""
+    values = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name in getattr(config, "later", ()) and value == field.get_default(call_default_factory=True):
+            del values[name]
+        elif isinstance(value, BaseModel):
+            values[name] = for_key(value)
+    return values
 
 
 def _meant(value: Any, annotation: Any) -> Any:

@@ -124,9 +124,22 @@ def test_what_comes_out_is_what_the_teacher_encodes(tmp_path: Path, teacher: Tea
     assert train.captions(indices) == [row.captions[0] for row in rows]
     if teacher.layout == "sdxl":
         torch.testing.assert_close(cond.pooled, text.pooled, atol=1e-5, rtol=1e-4)
-        assert cond.sizes.tolist() == [[64, 80, 0, 8, 64, 64]] * 4  # original (h, w), crop (top, left), target
+        assert cond.sizes.tolist() == [[64, 64, 0, 0, 64, 64]] * 4  # those with which users sample
     else:
         assert cond.pooled is None and cond.sizes is None
+
+
+def test_sizes_of_the_images_themselves(tmp_path: Path, teacher: Teacher, manifest: Manifest) -> None:
+    """``sizes: image`` gives each row its size and crop. To switch costs no row, and SD1.5's cache does not depend on it."""
+    keys = []
+    for choice, sizes in (("default", [64, 64, 0, 0, 64, 64]), ("image", [64, 80, 0, 8, 64, 64])):  # original (h, w), crop, target
+        build_cache(tmp_path / "latents", manifest, config(sizes=choice), teacher)
+        cache = LatentCache(tmp_path / "latents")
+        keys.append((cache.key, cache.index["splits"]))
+        cond = cache.split("train").conditioning(torch.arange(2))
+        assert (cond.sizes is None) == (teacher.layout == "sd15")
+        assert cond.sizes is None or cond.sizes.tolist() == [sizes] * 2
+    assert (keys[0][0] == keys[1][0]) == (teacher.layout == "sd15") and keys[0][1] == keys[1][1]
 
 
 def test_the_unconditional_half(tmp_path: Path, teacher: Teacher, manifest: Manifest) -> None:

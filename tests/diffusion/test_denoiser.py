@@ -94,3 +94,16 @@ def test_a_half_precision_network_predicts_in_float32():
     denoiser = Denoiser(lambda x_t, t, c: toy(x_t, t, c).half(), process)
     x0, eps = denoiser.predict(x, t, cond)
     assert x0.dtype == eps.dtype == denoiser.jump(x, t, t, cond).dtype == torch.float32
+
+
+def test_a_denoiser_in_bf16_casts_its_network_alone():
+    """The product is rounded to bf16, the caller's own arithmetic is not."""
+    layer = torch.nn.Linear(8, 8)
+    process = Process.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "epsilon")
+    denoiser = Denoiser(lambda x_t, t, cond: layer(x_t), process)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([5, 900])
+    with torch.no_grad():
+        exact, rounded = (d.network(x, t, None) for d in (denoiser, denoiser.in_bf16()))
+        assert rounded.dtype == torch.bfloat16 and torch.allclose(rounded.float(), exact, atol=0.05)
+        assert not torch.equal(rounded.float(), exact)
+        assert not torch.is_autocast_enabled("cpu") and denoiser.in_bf16(False) is denoiser

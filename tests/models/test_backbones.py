@@ -68,7 +68,8 @@ def test_the_weights_dtype_is_the_networks_and_not_the_loras(tmp_path):
     backbone = load_teacher(TeacherConfig(source=str(tiny.write_sd15(tmp_path)), dtype="bfloat16"), parts=("backbone",)).backbone
     assert backbone.dtype == torch.bfloat16
     x, t, cond = torch.randn(1, 4, 8, 8), torch.tensor([5]), Conditioning(torch.randn(1, 3, 32))
-    assert backbone(x, t, cond).dtype == backbone.features(x, t, cond).dtype == torch.bfloat16
+    assert backbone.features(x, t, cond).dtype == torch.bfloat16
+    assert backbone(x, t, cond).dtype == torch.float32  # the last convolution is exact
 
 
 def test_latents_as_the_config_says(tmp_path):
@@ -89,3 +90,20 @@ def test_targets_are_matched_as_peft_does(tmp_path):
     backbone.check_targets(["nothing", "to_q"])
     with pytest.raises(UserError, match="match no module of the network"):
         backbone.check_targets(["o_q"])  # the end of a name, but not a name
+
+
+def test_the_last_convolution_is_exact_under_autocast():
+    """Rounded to bf16, eps would have an error of 1e-3, which the way to x0 multiplies."""
+    from hypersd_pipeline.models.backbones.base import ExactConv2d, ExactGroupNorm, exact
+
+    conv, norm = torch.nn.Conv2d(8, 4, 3), torch.nn.GroupNorm(2, 8)
+    x = torch.randn(2, 8, 5, 5).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = conv(x)
+    names = set(conv.state_dict())
+    exact(conv, norm)
+    assert isinstance(conv, ExactConv2d) and isinstance(norm, ExactGroupNorm) and set(conv.state_dict()) == names
+    expected = torch.nn.functional.conv2d(x.float(), conv.weight, conv.bias)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv(x), expected) and rounded.dtype == torch.bfloat16 and not torch.equal(rounded.float(), expected)
+        assert norm(x).dtype == torch.float32

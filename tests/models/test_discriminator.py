@@ -6,6 +6,7 @@ import tiny
 import torch
 from stages import generator
 
+from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.backbones import UNetBackbone
 from hypersd_pipeline.models.discriminator import make_head
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
@@ -30,7 +31,7 @@ def test_features_are_those_of_the_whole_pass(teacher):
         assert len(seen) == 1 and torch.equal(alone, seen[0])
         backbone.features(x, t, cond)
     assert len(seen) == 1  # nobody watches any more
-    assert make_head(backbone.feature_shape((4, 8, 8)), 32, 1, seed=0)(alone).shape == (2,)
+    assert make_head([backbone.feature_shape((4, 8, 8))], 32, 1, seed=0)(alone).shape == (2,)
 
 
 @pytest.mark.parametrize("sides", [(8, 8), (16, 16), (24, 24), (7, 7), (5, 8), (9, 3), (2, 2), (1, 1), (1, 6)])
@@ -92,7 +93,7 @@ def test_the_heads_depth_follows_the_latents(checkpoint, sides, blocks):
 @pytest.mark.parametrize("sides", [(1, 1), (2, 2), (3, 3), (4, 4), (1, 5), (12, 12), (32, 8)])
 def test_the_logit_depends_on_the_features(hidden, sides):
     """At one position a group of one value would normalise everything to zero."""
-    head = make_head((16, *sides), hidden, 2, seed=0)
+    head = make_head([(16, *sides)], hidden, 2, seed=0)
     features = torch.randn(1, 32, *sides, generator=generator(), requires_grad=True)
     head(features).sum().backward()
     assert features.grad.abs().sum() > 0.01
@@ -101,9 +102,39 @@ def test_the_logit_depends_on_the_features(hidden, sides):
 
 def test_a_head_comes_from_its_seed_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
-    one, other, third = (make_head((16, 4, 4), 32, 1, seed=seed) for seed in (0, 0, 1))
+    one, other, third = (make_head([(16, 4, 4)], 32, 1, seed=seed) for seed in (0, 0, 1))
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(1), drawn)
     same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))  # noqa: E731
     assert same(one, other) and not same(one, third)
+
+
+def test_features_of_several_levels(teacher):
+    """The mid block's, and those of the blocks before it, with a head for each. The logit is the heads' mean."""
+    backbone, cond = teacher.backbone, teacher.encode_prompts(["a red apple", "two cats"])
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    outputs = []
+    handles = [block.register_forward_hook(lambda m, i, o: outputs.append(o[0])) for block in backbone.module.down_blocks]
+    with torch.no_grad():
+        levels = backbone.feature_levels(x, t, cond, 3)
+    for handle in handles:
+        handle.remove()
+    assert (
+        torch.equal(levels[0], backbone.features(x, t, cond)) and torch.equal(levels[1], outputs[1]) and torch.equal(levels[2], outputs[0])
+    )
+    shapes = backbone.feature_shapes((4, 8, 8), 3)
+    assert [tuple(level.shape[1:]) for level in levels] == shapes
+    heads = make_head(shapes, 32, 1, seed=0)
+    each = [head(level) for head, level in zip(heads.heads, levels, strict=True)]
+    torch.testing.assert_close(heads(*levels), (each[0] + each[1] + each[2]) / 3)
+    with pytest.raises(UserError, match="levels is 4, but the teacher's encoder has 3 levels"):
+        backbone.feature_shapes((4, 8, 8), 4)
+
+
+def test_without_normalisation_the_head_sees_the_scale_of_the_features():
+    features = torch.randn(2, 16, 4, 4)
+    for norm, sees in (("group", False), ("none", True)):
+        head = make_head([(16, 4, 4)], 32, 1, seed=0, norm=norm)
+        head.layers[0].bias.data.zero_()
+        assert torch.allclose(head(features), head(3 * features), atol=1e-3) != sees

@@ -9,7 +9,10 @@ from stages import generator, sample_batch
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.lora import merge_lora
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
+from hypersd_pipeline.training.config import OneStepConfig
 from hypersd_pipeline.training.critic import CRITIC, Critic, CriticConfig, pass_plans
+from hypersd_pipeline.training.loop import Slowable
+from hypersd_pipeline.training.stage import build_stage
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +156,53 @@ def test_under_autocast_the_critic_computes_with_its_newest_weights(teacher):
     with torch.autocast("cpu", torch.bfloat16):
         anew = judged()
     assert torch.equal(after, anew) and not torch.equal(after, before)
+
+
+def test_the_warm_up_trains_the_critic_alone_before_the_first_update(teacher):
+    """The student and its average stay as they were. A critic from a checkpoint after the warm-up is not warmed again."""
+    _, adapters = load(teacher)
+    matching = {"guidance": (3.0, 3.0), "critic": {"warmup_updates": 3, "learning_rate": 0.01}}
+    config = OneStepConfig(terms={"matching": matching}, lora=stages.LORA, loop=stages.LOOP)
+    stage = build_stage(config, stages.context(adapters, stages.rows()))
+    critic = stage.state()["critic"]
+    before, student = copies(adapters, CRITIC), copies(adapters, "student")
+    stage._warm_up(generator())
+    assert critic.warmed == 3 and not critic.cold
+    assert not same(before, copies(adapters, CRITIC)) and same(student, copies(adapters, "student"))
+    assert all(p.grad is None for p in adapters.parameters("student"))
+    warm = copies(adapters, CRITIC)
+    stage._warm_up(generator())
+    assert same(warm, copies(adapters, CRITIC))
+    other = Critic(load(teacher)[1], config.terms["matching"].critic)
+    assert other.cold
+    other.load_state_dict(critic.state_dict())
+    assert not other.cold
+    stage(generator(1))  # no warm-up any more, and the critic's usual updates go on
+    assert critic.warmed == 3 and not same(warm, copies(adapters, CRITIC))
+
+
+def test_a_rollback_slows_the_critic(teacher):
+    _, _, critic = build(teacher, learning_rate=0.02)
+    critic.slow(0.25)
+    assert [group["lr"] for group in critic.optimizer.param_groups] == [0.005]
+    assert isinstance(critic, Slowable)  # which the loop asks for
+
+
+def test_skipped_updates_are_counted_and_said(teacher, caplog):
+    _, _, critic = build(teacher, updates=5)
+    broken = torch.full((2, 4, 8, 8), float("nan"))
+    critic.update(broken, sample_batch().cond, generator())
+    assert critic.skipped == 5 and not caplog.records
+    critic.update(broken, sample_batch().cond, generator())
+    assert critic.skipped == 10 and "The critic's last 10 updates had a non-finite loss" in caplog.text
+    critic.update(torch.zeros(2, 4, 8, 8), sample_batch().cond, generator())
+    assert (critic.skipped, critic.skipped_in_a_row) == (10, 0)
+
+
+def test_the_critic_s_rank_is_its_own(teacher):
+    model = load_teacher(teacher, parts=("backbone",))
+    adapters = AdaptedBackbone(
+        model.backbone, model.process, **stages.LORA, trainable=("student", CRITIC), fresh_names=(CRITIC,), ranks={CRITIC: 5}
+    )  # fmt: skip
+    assert {len(a) for _, a, _ in adapters._pairs(CRITIC)} == {5} and {len(a) for _, a, _ in adapters._pairs("student")} == {2}
+    assert {layer.scaling[CRITIC] for layer in adapters._layers} == {1}

@@ -87,7 +87,7 @@ def test_the_adversarys_gradient_has_a_share_of_all_other_terms_together(teacher
     from hypersd_pipeline.training import stage as training
 
     references = []
-    monkeypatch.setattr(training, "balanced", lambda gradient, reference, size: references.append(reference.clone()) or gradient)
+    monkeypatch.setattr(training, "balanced", lambda gradient, reference, size, cap: references.append(reference.clone()) or gradient)
     _, stage = build(teacher, {"matching": {**MATCHING, "weight": 0.7}, "regression": {"weight": 0.3}, "adversarial": GAN})
     seen = []
     for _, terms in stage.parts:

@@ -45,6 +45,7 @@ MEANING = {
     "text_dtype": "data.text_dtype",
     "max_images": "data.max_images",
     "max_captions": "data.max_captions",
+    "sizes": "data.sizes",
     "encoders": "what the teacher's encoders give for a fixed image and prompt",
     "format": "the cache format",
 }
@@ -210,7 +211,7 @@ class SplitCache:
         return numbers[start + (draws * (stop - start)).long()]
 
     def conditioning(self, indices: Tensor, generator: torch.Generator | None = None) -> Conditioning:
-        """Text conditioning of the rows, float32 on the CPU, with each image's own ``sizes`` where the teacher is SDXL.
+        """Text conditioning of the rows, float32 on the CPU. Where the teacher is SDXL, with ``sizes`` as ``data.sizes`` says.
 
         Prompts without images have the default sizes of the unconditional half.
 
@@ -220,9 +221,9 @@ class SplitCache:
         cond = self._cache.text(self.caption_numbers(indices, generator))
         if cond.pooled is None:
             return cond
-        if not self.has_images:
-            return Conditioning(cond.prompt_embeds, cond.pooled, self.unconditional(len(indices)).sizes)
-        return Conditioning(cond.prompt_embeds, cond.pooled, self._shards.gather("sizes", indices))
+        told = not self.has_images or self._cache.parts.get("sizes", "image") == "default"
+        sizes = self.unconditional(len(indices)).sizes if told else self._shards.gather("sizes", indices)
+        return Conditioning(cond.prompt_embeds, cond.pooled, sizes)
 
     def captions(self, indices: Tensor, generator: torch.Generator | None = None) -> list[str]:
         """The captions that :meth:`conditioning` uses for the same ``indices`` and the same state of ``generator``."""

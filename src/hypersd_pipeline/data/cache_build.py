@@ -74,6 +74,7 @@ def cache_parts(manifest: Manifest, config: DataConfig, teacher: Teacher, encode
         "max_captions": str(config.max_captions),
         "encoders": f"{encoders['vae']}-{encoders['text']}",
         "format": FORMAT,
+        **({"sizes": config.sizes} if teacher.layout == "sdxl" else {}),  # the rows hold their own sizes either way
     }
 
 
@@ -202,7 +203,7 @@ class _Build:
         except UserError as error:
             log.info("%s: replacing a damaged cache (%s)", self.path, error)
             return False
-        changed = [MEANING[name] for name in MEANING if old.parts.get(name) != self.parts[name]]
+        changed = [MEANING[name] for name in MEANING if old.parts.get(name) != self.parts.get(name)]
         if not changed and self._holds(old.index):
             log.info("%s: up to date", self.path)
             self._remove_strangers()

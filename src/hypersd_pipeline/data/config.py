@@ -217,6 +217,8 @@ class DataConfig(Strict):
         max_captions: per image, the first ones. None for all.
         dtype: of cached latents. text_dtype: of cached text embeddings.
         shard_rows: rows of a shard at most: what an interrupted run loses at most.
+        sizes: SDXL's size conditioning of a row. ``default`` is that of an uncropped square image of the teacher's resolution, with
+            which users sample. ``image`` is the image's own size and crop, as in SDXL's training.
         batch_size: of the VAE. workers: threads that read images.
     """
 
@@ -226,5 +228,6 @@ class DataConfig(Strict):
     dtype: Dtype = "float32"
     text_dtype: Dtype = "float32"
     shard_rows: Count = 1024
+    sizes: Literal["default", "image"] = "default"
     batch_size: Count = 64
     workers: int = Field(default=4, ge=1, le=1024)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from safetensors import safe_open
@@ -34,6 +34,7 @@ class NoisePairsConfig(Strict):
         source: whose walk: the ``teacher``'s with guidance (DMD's ODE pairs), or the ``distilled`` model's, in a tenth of the time.
         count: pairs, each with a caption of the training split. steps: of DDIM on the trailing grid.
         guidance_scale: of the teacher. batch_size, seed: of the walk.
+        mixed_precision: ``bf16`` walks with the network in bf16 by autocast.
     """
 
     source: Literal["teacher", "distilled"] = "distilled"
@@ -42,6 +43,9 @@ class NoisePairsConfig(Strict):
     guidance_scale: Guidance = 3.0
     batch_size: Count = 64
     seed: Seed = 0
+    mixed_precision: Literal["no", "bf16"] = "no"
+
+    later: ClassVar[frozenset[str]] = frozenset({"mixed_precision"})
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def make_noise_pairs(
 def noise_pairs_key(pairs: NoisePairsConfig, latents: LatentCache, model: Teacher, start: LoRA | None) -> str:
     """What pairs depend on."""
     teacher = [model.content_hash("backbone"), model.scheduler_config()]
-    return fingerprint(pairs.model_dump(exclude={"batch_size"}), latents.key, teacher, lora_key(start))
+    values = pairs.model_dump(exclude={"batch_size"} if pairs.mixed_precision != "no" else {"batch_size", "mixed_precision"})
+    return fingerprint(values, latents.key, teacher, lora_key(start))
 
 
 def read_noise_pairs(folder: Path, key: str) -> NoisePairs:
@@ -117,7 +122,7 @@ def _walk(latents: LatentCache, model: Teacher, config: NoisePairsConfig) -> dic
     noise = torch.randn(config.count, *data.latent_shape, generator=generator)
     grid, targets = model.process.trailing_timesteps(config.steps), []
     for part, z in zip(rows.split(config.batch_size), noise.split(config.batch_size), strict=True):
-        cond, denoiser = data.conditioning(part).to(model.device), model.denoiser()
+        cond, denoiser = data.conditioning(part).to(model.device), model.denoiser().in_bf16(config.mixed_precision == "bf16")
         if config.source == "teacher" and config.guidance_scale != 1:
             denoiser = denoiser.guided(data.unconditional(len(part), cond.sizes).to(model.device), config.guidance_scale)
         targets.append(sample_ddim(denoiser, z.to(model.device), cond, grid).float().cpu())

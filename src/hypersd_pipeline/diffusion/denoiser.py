@@ -36,6 +36,18 @@ class Denoiser:
         """``x0``, where all samples of the batch are at the same timestep."""
         return self.predict(x_t, torch.full((len(x_t),), t, device=x_t.device), cond)[0]
 
+    def in_bf16(self, wanted: bool = True) -> Denoiser:
+        """The same, with the network in bf16 by autocast. Unchanged where that is not ``wanted``."""
+        if not wanted:
+            return self
+        network = self.network
+
+        def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            with torch.autocast(x_t.device.type, torch.bfloat16):
+                return network(x_t, t, cond)
+
+        return Denoiser(call, self.process)
+
     def guided(self, uncond: Conditioning, scale: Tensor | float) -> Denoiser:
         """The same with classifier-free guidance: one call of the network on the batch of both halves.
 

@@ -83,7 +83,7 @@ class Bench:
 
     def row(self, split: str, steps: int, contract: Contract, guidance_scale: float = 1.0) -> tuple[Metrics, list[Image.Image]]:
         """Metrics of one number of steps on one split, and the images of the first ``grid_prompts`` prompts."""
-        denoiser = self.teacher.denoiser()
+        denoiser = self.teacher.denoiser().in_bf16(self.config.mixed_precision == "bf16")
         if guidance_scale != 1:
             denoiser = denoiser.guided(self.teacher.unconditional(1), guidance_scale)
         batches = generate(

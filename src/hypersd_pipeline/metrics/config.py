@@ -1,5 +1,7 @@
 """What the evaluation is told."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from hypersd_pipeline.config import Count, Guidance, Seed, Steps, Strict
@@ -16,6 +18,7 @@ class EvaluationConfig(Strict):
     Attributes:
         samples, unseen_samples: images per row of the table, at most as many as the splits ``test`` and ``test_unseen`` have.
         student_steps, teacher_steps: the numbers of DDIM steps (trailing grid). The teacher uses ``guidance_scale``, students none.
+        mixed_precision: ``bf16`` samples with the network in bf16 by autocast. The VAE and all metrics stay as they are.
         bootstrap: resamples for the intervals.
         grid_prompts: rows of the image grids.
     """
@@ -26,6 +29,7 @@ class EvaluationConfig(Strict):
     student_steps: tuple[Steps, ...] = Field(default=(1, 2, 4, 8), min_length=1)
     teacher_steps: tuple[Steps, ...] = Field(default=(1, 2, 4, 8, 25), min_length=1)
     guidance_scale: Guidance = 3.0
+    mixed_precision: Literal["no", "bf16"] = "no"
     features: FeatureConfig = FeatureConfig()
     clip: ClipConfig = ClipConfig()
     bootstrap: int = Field(default=1000, ge=100, le=10**6)

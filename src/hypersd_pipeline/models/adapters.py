@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ class AdaptedBackbone:
         backbone: loaded, frozen. Changed in place.
         process: that the network was trained for.
         rank: of every adapter. ``lora_alpha`` equals it, so that the scale is 1.
+        ranks: of adapters in ``fresh_names`` and ``encoder_names`` whose rank is another one.
         target_modules: module-name endings, as peft matches them.
         names: the adapters.
         trainable: those that are trained.
@@ -53,6 +54,7 @@ class AdaptedBackbone:
         start: LoRA | None = None,
         fresh_names: Sequence[str] = (),
         encoder_names: Sequence[str] = (),
+        ranks: Mapping[str, int] | None = None,
         seed: int = 0,
     ) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -61,7 +63,7 @@ class AdaptedBackbone:
         self.names = (*names, *fresh_names, *encoder_names)
         module = backbone.module
         backbone.check_targets(target_modules)
-        _add_adapters(backbone, rank, target_modules, (*names, *fresh_names), encoder_names, seed)
+        _add_adapters(backbone, {name: (ranks or {}).get(name, rank) for name in self.names}, target_modules, encoder_names, seed)
         for parameter in (p for name, p in module.named_parameters() if ".lora_" in name):
             parameter.data = parameter.data.float()  # in bf16 an update of 1e-6 would round away
         # collected once: walking the module tree at each switch would cost more than the switch
@@ -109,6 +111,11 @@ class AdaptedBackbone:
         """The encoder's features ``[b, C, h', w']`` with this adapter (see `Backbone.features`)."""
         self.use(name)
         return self.backbone.features(x_t, t, cond)
+
+    def feature_levels(self, name: str | None, x_t: Tensor, t: Tensor, cond: Conditioning, levels: int) -> list[Tensor]:
+        """The encoder's features at several levels with this adapter (see `Backbone.feature_levels`)."""
+        self.use(name)
+        return self.backbone.feature_levels(x_t, t, cond, levels)
 
     @contextmanager
     def watch_features(self) -> Iterator[list[Tensor]]:
@@ -173,21 +180,18 @@ def _forward(layer: Any, unfolded: Callable[[Tensor], Tensor], x: Tensor) -> Ten
 
 
 def _add_adapters(
-    backbone: Backbone, rank: int, target_modules: Sequence[str], names: Sequence[str], encoder_names: Sequence[str], seed: int
+    backbone: Backbone, ranks: Mapping[str, int], target_modules: Sequence[str], encoder_names: Sequence[str], seed: int
 ) -> None:
-    """Add peft's layers: ``names`` everywhere, ``encoder_names`` in the encoder. All random numbers come from the seed."""
+    """Add peft's layers, everywhere or in the encoder only. All random numbers come from the seed."""
     from peft import LoraConfig, inject_adapter_in_model
 
     endings = "|".join(re.escape(ending) for ending in target_modules)
-    everywhere = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules), init_lora_weights="gaussian")
-    encoder = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=rf"{backbone.encoder_modules}\.(.*\.)?({endings})", init_lora_weights="gaussian"
-    )
+    in_encoder = rf"{backbone.encoder_modules}\.(.*\.)?({endings})"
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         # peft warns that a model with a second adapter has several, which is what we want
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        for name in names:
-            inject_adapter_in_model(everywhere, backbone.module, name)  # not every network of diffusers has `add_adapter`
-        for name in encoder_names:
-            inject_adapter_in_model(encoder, backbone.module, name)
+        for name, rank in ranks.items():
+            where = in_encoder if name in encoder_names else list(target_modules)
+            shape = LoraConfig(r=rank, lora_alpha=rank, target_modules=where, init_lora_weights="gaussian")
+            inject_adapter_in_model(shape, backbone.module, name)  # not every network of diffusers has `add_adapter`

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,17 @@ class Head(nn.Module):
     Args:
         channels: of the features, both points of the pair together. size: the smaller of their height and width.
         hidden: channels inside, a multiple of 32.
+        norm: ``none`` leaves the group normalisation out. It takes away the scale of the features, in which an error of the student shows.
     """
 
-    def __init__(self, channels: int, size: int, hidden: int) -> None:
+    def __init__(self, channels: int, size: int, hidden: int, norm: Literal["group", "none"] = "group") -> None:
         super().__init__()
         layers: list[nn.Module] = []
         while not layers or size > 2:
             wide: dict[str, Any] = {"kernel_size": 4, "stride": 2, "padding": 1} if size > 1 else {"kernel_size": 1}
             groups = 32 if size > 3 else min(32, hidden // 2)  # a group of one value, at one position, would be zero whatever it was
-            layers += [nn.Conv2d(channels, hidden, **wide), nn.GroupNorm(groups, hidden), nn.SiLU()]
+            normalised = [nn.GroupNorm(groups, hidden)] if norm == "group" else []
+            layers += [nn.Conv2d(channels, hidden, **wide), *normalised, nn.SiLU()]
             channels, size = hidden, size // 2
         self.layers = nn.Sequential(*layers, nn.Conv2d(hidden, 1, 1))
 
@@ -34,9 +37,23 @@ class Head(nn.Module):
             return self.layers(features.float()).mean(dim=(1, 2, 3))
 
 
-def make_head(feature_shape: tuple[int, int, int], hidden: int, points: int, seed: int) -> Head:
-    """A head, initialised from the seed, for features ``(C, h, w)`` of ``points`` (1 or 2) noisy samples."""
-    channels, height, width = feature_shape
+class Heads(nn.Module):
+    """A head for each level of features. The logit is their mean."""
+
+    def __init__(self, heads: Sequence[Head]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, *levels: Tensor) -> Tensor:
+        """Features ``[b, C_i, h_i, w_i]`` of each level -> logits ``[b]``, float32."""
+        return torch.stack([head(features) for head, features in zip(self.heads, levels, strict=True)]).mean(dim=0)
+
+
+def make_head(
+    feature_shapes: Sequence[tuple[int, int, int]], hidden: int, points: int, seed: int, norm: Literal["group", "none"] = "group"
+) -> Head | Heads:
+    """A head, initialised from the seed, for features ``(C, h, w)`` of each level, of ``points`` (1 or 2) noisy samples."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Head(points * channels, min(height, width), hidden)
+        heads = [Head(points * channels, min(height, width), hidden, norm) for channels, height, width in feature_shapes]
+    return heads[0] if len(heads) == 1 else Heads(heads)

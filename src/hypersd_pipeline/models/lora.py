@@ -146,19 +146,49 @@ def merge_lora(network: torch.nn.Module, lora: LoRA, weight: float = 1.0) -> Non
         target.add_((weight * delta).to(target))
 
 
-def combine(first: LoRA, second: LoRA, weight: float) -> LoRA:
+def combine(first: LoRA, second: LoRA, weight: float, rank: int | None = None) -> LoRA:
     """One LoRA for ``first + weight * second``: ranks stacked, ``A = [A1; A2]`` and ``B = [B1, weight B2]``. Metadata of ``first``.
 
     Every module gets the sum of both ranks, with zeros where one LoRA does not change it: loaders take one alpha for all modules, so that
     with ranks that differ the scale would not be 1 everywhere.
+
+    Args:
+        rank: of the result, at most the sum of both. Each module then has the closest weights of that rank (`truncated`). None stacks.
+
+    Raises:
+        UserError: ``rank`` is higher than the sum of both.
     """
+    if rank is not None and rank > first.rank + second.rank:
+        raise UserError(f"start_rank is {rank}, more than the {first.rank} + {second.rank} of both LoRAs; lower it.")
     ones, twos = first.modules(), second.modules()
     tensors: dict[str, Tensor] = {}
     for name in dict.fromkeys([*ones, *twos]):
         (a1, b1), (a2, b2) = (_half(own, other, name, rank) for own, other, rank in ((ones, twos, first.rank), (twos, ones, second.rank)))
-        tensors[f"{first.component}.{name}.lora_A.weight"] = torch.cat([a1, a2])
-        tensors[f"{first.component}.{name}.lora_B.weight"] = torch.cat([b1, weight * b2], dim=1)
+        a, b = torch.cat([a1, a2]), torch.cat([b1, weight * b2], dim=1)
+        a, b = (a, b) if rank is None else truncated(a, b, rank)
+        tensors[f"{first.component}.{name}.lora_A.weight"], tensors[f"{first.component}.{name}.lora_B.weight"] = a, b
     return LoRA(tensors, dict(first.metadata))
+
+
+def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of the matrix of ``rank`` that is closest to ``B A`` (its truncated singular value decomposition).
+
+    The singular values are shared evenly. A rank without a singular value keeps a row of A that is not zero, so that it can learn.
+
+    Args:
+        a: ``[r, in]`` or ``[r, in, kh, kw]``. b: ``[out, r]`` or ``[out, r, 1, 1]``.
+    """
+    wide, tall = a.flatten(1).double(), b.flatten(1).double()
+    q_b, r_b = torch.linalg.qr(tall)
+    q_a, r_a = torch.linalg.qr(wide.T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    found = min(rank, len(s))
+    root, there = s[:found].sqrt(), s[:found] > 1e-6 * s[0]
+    first = (torch.where(there, root, 1.0).unsqueeze(1) * v[:found]) @ q_a.T
+    second = q_b @ (u[:, :found] * torch.where(there, root, 0.0))
+    new_a, new_b = wide.new_zeros(rank, wide.shape[1]), tall.new_zeros(len(tall), rank)
+    new_a[:found], new_b[:, :found] = first, second
+    return new_a.reshape(rank, *a.shape[1:]).to(a), new_b.reshape(len(b), rank, *b.shape[2:]).to(b)
 
 
 def _half(own: dict[str, tuple[Tensor, Tensor]], other: dict[str, tuple[Tensor, Tensor]], name: str, rank: int) -> tuple[Tensor, Tensor]:

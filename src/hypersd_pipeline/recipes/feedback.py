@@ -59,9 +59,10 @@ def train_feedback(
     adapters = _adapters(model, lora, stage)
     student, weights = adapters.denoiser(STUDENT), adapters.parameters(STUDENT)
     probe = guard_probe(model, judges, evaluation, stage, latents)
+    bf16 = stage.loop.mixed_precision == "bf16"
     guard = Guard(
         stage.guard,
-        lambda: of_first(lambda: probe.measure(student, adapters.denoiser(None))),
+        lambda: of_first(lambda: probe.measure(student.in_bf16(bf16), adapters.denoiser(None).in_bf16(bf16))),
         weights,
         by_first(outputs.metrics),
         last=stage.loop.steps,

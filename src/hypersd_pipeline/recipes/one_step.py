@@ -22,13 +22,20 @@ from hypersd_pipeline.training.config import OneStepConfig
 from hypersd_pipeline.training.critic import CRITIC
 from hypersd_pipeline.training.ema import ema_update
 from hypersd_pipeline.training.loop import make_accelerator
+from hypersd_pipeline.training.terms import MatchingConfig
 
 METHOD = "distribution matching (Hyper-SD, arXiv 2404.13686, section 3.3)"
 
 
 def choose_start(lora: LoRA, feedback_lora: LoRA, stage: OneStepConfig) -> LoRA:
     """The LoRA that the one-step stages start from: the distilled one plus ``feedback_weight`` times the feedback LoRA."""
-    return combine(lora, feedback_lora, stage.feedback_weight) if stage.feedback_weight else lora
+    return combine(lora, feedback_lora, stage.feedback_weight, stage.start_rank) if stage.feedback_weight else lora
+
+
+def _critic_rank(stage: OneStepConfig) -> dict[str, int]:
+    """The critic's rank, where it is not the student's."""
+    matching = stage.one(MatchingConfig)
+    return {} if matching is None or matching.critic.rank is None else {CRITIC: matching.critic.rank}
 
 
 def make_pairs(latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, start: LoRA | None = None) -> Callable[[Path], None]:
@@ -68,6 +75,7 @@ def train_unified(
         trainable=("student", CRITIC),
         start=start,
         fresh_names=(CRITIC,),
+        ranks=_critic_rank(stage),
         seed=stage.loop.seed,
     )
     if stage.gradient_checkpointing:
@@ -120,7 +128,7 @@ def train_unet(
     adapters = AdaptedBackbone(
         model.backbone,
         model.process,
-        rank=stage.lora.rank,
+        rank=_critic_rank(stage).get(CRITIC, stage.lora.rank),
         target_modules=stage.lora.target_modules,
         names=(CRITIC,),
         trainable=(CRITIC,),

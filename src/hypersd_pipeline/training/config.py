@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from hypersd_pipeline.config import Count, Decay, Share, Strict, Timestep, Weight, Width
+from hypersd_pipeline.config import Count, Decay, Share, Strict, Timestep, Weight, Width, for_key
 from hypersd_pipeline.data.trajectories import NoisePairsConfig
 from hypersd_pipeline.diffusion.grids import check_grid
 from hypersd_pipeline.diffusion.process import Process
@@ -163,8 +163,9 @@ class StageConfig(Strict):
     def identity(self) -> dict[str, Any]:
         """What the trained weights depend on, of the configuration: memory and sampling may change."""
         free = {"terms", "loop", "sampling", "gradient_checkpointing", "decode_checkpointing"}
-        terms = {name: term.model_dump(mode="json") for name, term in self.active().items()}
-        return {**self.model_dump(mode="json", exclude=free), "terms": terms, "loop": self.loop.identity()}
+        terms = {name: for_key(term) for name, term in self.active().items()}
+        values = {name: value for name, value in for_key(self).items() if name not in free}
+        return {**values, "terms": terms, "loop": self.loop.identity()}
 
     def check(self, process: Process) -> None:
         """Raises UserError for a timestep, a solver's point or a number of steps that the teacher's schedule does not have."""
@@ -192,11 +193,14 @@ class OneStepConfig(StageConfig):
 
     Attributes:
         feedback_weight: of the feedback LoRA in what the stage starts from.
+        start_rank: of the LoRA that the stage starts from, by the closest weights of that rank. None: the sum of both ranks, of which those
+            of the feedback LoRA can never learn in modules that it has not.
         ema_on_cpu: keep the averaged weights there (the UNet; saves a UNet of GPU memory).
         lora: of the student, where there is no LoRA that it starts from, and of the UNet's critic.
     """
 
     feedback_weight: Weight = 1.0
+    start_rank: Width | None = None
     ema_on_cpu: bool = False
 
     @model_validator(mode="after")
@@ -213,7 +217,7 @@ class OneStepConfig(StageConfig):
 
     def identity(self) -> dict[str, Any]:
         """See `StageConfig`. The start has a hash of its own."""
-        return {name: value for name, value in super().identity().items() if name not in ("feedback_weight", "ema_on_cpu")}
+        return {name: value for name, value in super().identity().items() if name not in ("feedback_weight", "start_rank", "ema_on_cpu")}
 
 
 class FeedbackConfig(StageConfig):

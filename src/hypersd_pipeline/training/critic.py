@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.config import Decay, Rate, Strict
+from hypersd_pipeline.config import Decay, Rate, Strict, Width
 from hypersd_pipeline.draws import randint, randn
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.objectives import distribution_matching as dmd
 from hypersd_pipeline.training.distributed import average_gradients
 
+log = logging.getLogger(__name__)
+
 CRITIC = "critic"
 """The critic's adapter on the frozen teacher."""
+ALARM_AFTER = 10
+"""Skipped updates in a row before a warning, and between two warnings."""
 
 
 class CriticConfig(Strict):
@@ -30,12 +35,19 @@ class CriticConfig(Strict):
             gradient accumulation they are spread over the passes: where there are fewer updates than passes, each takes the mean gradient
             of several. Where there are more, a pass has several.
         learning_rate, betas: of its AdamW. max_grad_norm: clipping.
+        warmup_updates: of the critic alone, on samples of the student as it starts, before the student's first update. Each takes the
+            samples of one pass. Without them the student follows a critic that is still the teacher.
+        rank: of its LoRA. None: the student's.
     """
 
     updates: int = Field(default=2, ge=1, le=10**4)
     learning_rate: Rate = 1e-3
     betas: tuple[Decay, Decay] = (0.0, 0.99)
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
+    warmup_updates: int = Field(default=0, ge=0, le=10**6)
+    rank: Width | None = None
+
+    later: ClassVar[frozenset[str]] = frozenset({"warmup_updates", "rank"})
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,10 @@ class Critic:
     """The fake score: an adapter on the frozen teacher, trained on what the student makes, without guidance.
 
     Its optimiser is not the loop's, since it steps several times for each step of the student. A step with a non-finite gradient is left
-    out.
+    out and counted. Many in a row are said in the log.
+
+    Attributes:
+        skipped: steps that were left out so far. warmed: updates of the warm-up that are done.
     """
 
     def __init__(self, adapters: AdaptedBackbone, config: CriticConfig, passes: int = 1) -> None:
@@ -68,6 +83,23 @@ class Critic:
         self.denoiser = adapters.denoiser(CRITIC)
         self.parameters = adapters.parameters(CRITIC)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+        self.skipped = self.skipped_in_a_row = self.warmed = 0
+
+    @property
+    def cold(self) -> bool:
+        """Whether the warm-up is not over."""
+        return self.warmed < self.config.warmup_updates
+
+    def warm_up(self, samples: Tensor, cond: Conditioning, generator: torch.Generator) -> None:
+        """One update of the warm-up, on the samples of a pass."""
+        self._learn(samples.detach(), cond, generator, 1.0)
+        self._step()
+        self.warmed += 1
+
+    def slow(self, factor: float) -> None:
+        """Make the learning rate ``factor`` times the configured one: after a rollback the loop halves all rates."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor
 
     def update(self, samples: Tensor, cond: Conditioning, generator: torch.Generator) -> Tensor:
         """A pass's part of the ``updates``, on the student's clean samples ``[b, c, h, w]``, with ``t ~ U[0, T)``. The mean loss."""
@@ -75,15 +107,19 @@ class Critic:
         plan = self.plans[self.passes_done]
         self.passes_done = (self.passes_done + 1) % len(self.plans)
         for _ in range(plan.draws):
-            t = randint(0, self.process.num_train_timesteps, (len(samples),), generator).to(samples.device)
-            z = randn(samples.shape, generator).to(samples)
-            _, eps = self.denoiser.predict(self.process.add_noise(samples, z, t), t, cond)
-            loss = dmd.critic_loss(eps, z)
-            (loss * plan.weight).backward(inputs=self.parameters)
-            losses.append(loss.detach())
+            losses.append(self._learn(samples, cond, generator, plan.weight))
             if plan.steps:
                 self._step()
         return torch.stack(losses).mean()
+
+    def _learn(self, samples: Tensor, cond: Conditioning, generator: torch.Generator, weight: float) -> Tensor:
+        """Add ``weight`` times the gradient of one draw of noise and times. The loss."""
+        t = randint(0, self.process.num_train_timesteps, (len(samples),), generator).to(samples.device)
+        z = randn(samples.shape, generator).to(samples)
+        _, eps = self.denoiser.predict(self.process.add_noise(samples, z, t), t, cond)
+        loss = dmd.critic_loss(eps, z)
+        (loss * weight).backward(inputs=self.parameters)
+        return loss.detach()
 
     def _step(self) -> None:
         average_gradients(self.parameters)
@@ -91,12 +127,22 @@ class Critic:
         if bool(torch.isfinite(norm)):
             self.optimizer.step()
             torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # or autocast computes on with the weights as they were
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            if self.skipped_in_a_row % ALARM_AFTER == 0:
+                log.warning(
+                    "The critic's last %d updates had a non-finite loss or gradient and were skipped: it learns nothing, and the student "
+                    "follows a critic of the past. Lower matching.critic.learning_rate or the loop's.",
+                    self.skipped_in_a_row,
+                )
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser. The weights are in the adapters' state."""
-        return {"optimizer": self.optimizer.state_dict()}
+        """The optimiser and the counts. The weights are in the adapters' state."""
+        return {"optimizer": self.optimizer.state_dict(), "skipped": self.skipped, "warmed": self.warmed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.skipped, self.warmed, self.skipped_in_a_row = state_dict.get("skipped", 0), state_dict.get("warmed", 0), 0

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +39,13 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@runtime_checkable
+class Slowable(Protocol):
+    """What trains by an optimiser of its own, at ``factor`` times its configured rate."""
+
+    def slow(self, factor: float) -> None: ...
 
 
 class LoopConfig(Strict):
@@ -294,6 +301,9 @@ class _Run:
         for name, rates in self.companion_rates.items():
             for group, own in zip(self.optimizers[name].param_groups, rates, strict=True):
                 group["lr"] = own * halved
+        for part in self.state.values():  # an opponent whose optimiser is its own
+            if isinstance(part, Slowable):
+                part.slow(halved)
         return rate
 
     def apply(self) -> tuple[Tensor, bool]:

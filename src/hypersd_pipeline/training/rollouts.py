@@ -69,6 +69,7 @@ class TrajectoryBatch:
     Attributes:
         x_tn: ``[b, c, h, w]``. times: its four timesteps. guidance: of the teacher's step ``[b, 1, 1, 1]``.
         cond, uncond: of the batch. ``uncond`` is None where the solver has its guidance baked in.
+        real: the data at ``t_end``, with the same noise, where a discriminator takes them for real.
     """
 
     x_tn: Tensor
@@ -76,6 +77,7 @@ class TrajectoryBatch:
     guidance: Tensor
     cond: Conditioning
     uncond: Conditioning | None
+    real: Tensor | None = None
 
 
 class Trajectory:
@@ -83,12 +85,13 @@ class Trajectory:
 
     Args:
         with_features: take the encoder's features of ``x_tn`` from the teacher's own pass, for a discriminator.
+        with_data: give the discriminator data for real, not the target.
 
     Raises:
         UserError: the solver's grid misses a segment boundary.
     """
 
-    def __init__(self, config: ConsistencyConfig, context: Context, *, with_features: bool = False) -> None:
+    def __init__(self, config: ConsistencyConfig, context: Context, *, with_features: bool = False, with_data: bool = False) -> None:
         self.config, self.context, self.adapters = config, context, context.adapters
         self.process = process = context.adapters.process
         self.grid, self.bounds = process.solver_grid(config.solver_points), process.boundaries(config.segments)
@@ -97,6 +100,7 @@ class Trajectory:
         self.solver = context.base if config.teacher == "base" else self.adapters.denoiser("previous")
         self.target_network = self.adapters.denoiser("ema" if config.target == "ema" else "student")
         self.with_features = with_features and config.teacher == "base"
+        self.with_data = with_data
 
     def draw(self, generator: torch.Generator) -> TrajectoryBatch:
         """See `Rollout`."""
@@ -110,8 +114,10 @@ class Trajectory:
         times = consistency.Timesteps(*(t.to(device) for t in (drawn.t_n, drawn.t_prev, drawn.t_b, drawn.t_end)))
         low, high = config.guidance
         guidance = (low + (high - low) * rand((self.batch,), generator)).to(device).view(-1, 1, 1, 1)
-        x_tn = consistency.noisy_input(x0.to(device), z.to(device), times.t_n, self.process, pure_noise=config.pure_noise)
-        return TrajectoryBatch(x_tn, times, guidance, cond.to(device), uncond)
+        x0, z = x0.to(device), z.to(device)
+        x_tn = consistency.noisy_input(x0, z, times.t_n, self.process, pure_noise=config.pure_noise)
+        real = self.process.add_noise(x0, z, times.t_end) if self.with_data else None
+        return TrajectoryBatch(x_tn, times, guidance, cond.to(device), uncond, real)
 
     def predict(self, batch: TrajectoryBatch, generator: torch.Generator) -> Prediction:
         """See `Rollout`. Order: teacher, target network, student."""
@@ -119,7 +125,15 @@ class Trajectory:
         times = batch.times
         sample = self.context.student.jump(batch.x_tn, times.t_n, times.t_end, batch.cond)
         return Prediction(
-            sample, times.t_end, batch.x_tn, times.t_n, batch.cond, batch.uncond, target=target, real=target, features=features
+            sample,
+            times.t_end,
+            batch.x_tn,
+            times.t_n,
+            batch.cond,
+            batch.uncond,
+            target=target,
+            real=target if batch.real is None else batch.real,
+            features=features,
         )
 
     def _target(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor | None]:

@@ -54,6 +54,7 @@ class Stage:
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, Scalars]:
         """The loss, whose gradient reaches the student only, and detached scalars to log."""
+        self._warm_up(generator)
         batches = [rollout.draw(generator) for rollout, _ in self.parts]
         losses: list[Tensor] = []
         scalars: Scalars = {}
@@ -64,6 +65,16 @@ class Stage:
             losses.append(carried(prediction.sample, gradient, value))
         self.ready()
         return torch.stack(losses).sum(), scalars
+
+    def _warm_up(self, generator: torch.Generator) -> None:
+        """Train a critic that is not warm yet on samples of the student as it is. Its count is in the checkpoint."""
+        for rollout, terms in self.parts:
+            for term in (term for _, term in terms if isinstance(term, Matching)):
+                while term.critic.cold:
+                    with torch.no_grad():
+                        prediction = rollout.predict(rollout.draw(generator), generator)
+                    some = slice(0, term.config.batch)
+                    term.critic.warm_up(prediction.sample[some], prediction.cond[some], generator)
 
     def _judged(self, view: View, terms: Sequence[Weighted], generator: torch.Generator, scalars: Scalars) -> tuple[Tensor, Tensor]:
         """The terms' weighted sum and its gradient at the prediction; a discriminator's is weighed against that of all others."""
@@ -79,7 +90,9 @@ class Stage:
             if isinstance(term, Adversary):
                 loss, more = term(view, generator)
                 (toward,) = torch.autograd.grad(loss, leaf)
-                gradient = gradient + weight * (balanced(toward, gradient, distributed.norm) if term.config.balance else toward)
+                gradient = gradient + weight * term.heard * (
+                    balanced(toward, gradient, distributed.norm, cap=term.config.balance_cap) if term.config.balance else toward
+                )
                 value = value + weight * loss
                 scalars.update(more)
         return value.detach(), gradient
@@ -103,6 +116,8 @@ class Stage:
         """Alarms of the opponents."""
         if self.adversary is not None:
             self.adversary.watch(values, step)
+        for term in (term for _, terms in self.parts for _, term in terms if isinstance(term, Matching)):
+            term.watch(values, step)
 
 
 def carried(output: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
@@ -143,8 +158,9 @@ def _rollout(place: Place, config: StageConfig, context: Context) -> Rollout:
     judge = config.adversarial
     if place == "trajectory":
         assert config.consistency is not None
-        free = judge is not None and config.place_of(judge) == place and judge.pair and judge.encoder == "frozen"
-        return Trajectory(config.consistency, context, with_features=free)
+        here = judge if judge is not None and config.place_of(judge) == place else None
+        free = here is not None and here.pair and here.encoder == "frozen" and here.levels == 1
+        return Trajectory(config.consistency, context, with_features=free, with_data=here is not None and here.real == "data")
     if place == "noised_image":
         perceptual = config.one(PerceptualConfig)
         assert perceptual is not None

@@ -130,7 +130,7 @@ def test_balance_makes_the_weight_a_share(checkpoint, monkeypatch):
     norms = []
     scale = training.balanced
 
-    def spy(gradient, reference, size):
+    def spy(gradient, reference, size, cap):
         norms.append((gradient.norm().item(), scale(gradient, reference).norm().item(), reference.norm().item()))
         return scale(gradient, reference)
 
@@ -219,7 +219,7 @@ def test_the_alarm_counts_updates_not_passes(checkpoint):
     _, adapters, _ = build(checkpoint, CONFIG)
     adversary = new_adversary(adapters, passes=2)
     answers = iter([5.0, -5.0, 5.0, -5.0, -5.0, 5.0, 5.0, -5.0, 5.0, -5.0])  # logits of real and fake: right, right. Wrong, right. Right
-    adversary._logits = lambda features, seen: features.mean() * 0 + next(answers) + 0 * adversary.head.layers[-1].bias
+    adversary._logits = lambda features, seen: features[0].mean() * 0 + next(answers) + 0 * adversary.head.layers[-1].bias
     x, cond, t, s = points()
     streaks = [
         float(adversary.judge(x, t, x.clone().requires_grad_(), x, s, cond, torch.Generator())[1]["discriminator_unbeaten_steps"])
@@ -269,7 +269,7 @@ def test_pcms_loss_by_hand(checkpoint):
     torch.testing.assert_close(x_fake, (ratio * seen["prediction"] + more * z).float(), rtol=1e-4, atol=1e-5)
     difference = seen["prediction"] - seen["target"]
     huber = ((difference**2 + 1e-6).sqrt() - 1e-3).mean()
-    logits = adversary.head(encode(x_fake, t_star, cond))
+    logits = adversary.head(*encode(x_fake, t_star, cond))
     assert loss.item() == pytest.approx((huber + 0.1 * torch.log1p(torch.exp(-logits)).mean()).item(), rel=1e-4)
 
 
@@ -294,3 +294,49 @@ def test_alarm_for_an_unbeaten_discriminator(checkpoint, caplog):
     assert "right about everything" in caplog.text and "lower adversarial.learning_rate" in caplog.text
     adversary.judge(x, t, (x + 3).requires_grad_(), x - 3, s, cond, torch.Generator())  # the other way round it is always wrong
     assert adversary.streak == 0
+
+
+def test_a_judge_that_takes_data_for_real(checkpoint):
+    """On a trajectory ``real: data`` is the image at ``t_end`` with the noise of ``x_tn``. By default it is the target."""
+    for real in ("target", "data"):
+        _, _, stage = build(checkpoint, with_adversarial(real=real))
+        rollout = stage.parts[0][0]
+        batch = rollout.draw(generator())
+        prediction = rollout.predict(batch, generator(1))
+        if real == "target":
+            assert batch.real is None and prediction.real is prediction.target
+            continue
+        assert prediction.real is batch.real and not torch.allclose(batch.real, prediction.target, atol=0.1)
+        inner = batch.times.t_n < 999  # there x_tn is the image with the same noise, so both give the image
+        process, times = rollout.process, batch.times
+        assert inner.any()
+        high = [process.alpha_sigma(t, batch.real) for t in (times.t_n, times.t_end)]
+        (a_n, s_n), (a_e, s_e) = high
+        z = (batch.x_tn - a_n / a_e * batch.real) / (s_n - a_n / a_e * s_e)
+        x0 = (batch.real - s_e * z) / a_e
+        nearest = torch.cdist(x0[inner].flatten(1).float(), stages.rows().latents.flatten(1)).min(dim=1).values
+        assert (nearest < 0.05).all()
+
+
+def test_the_student_listens_above_a_running_accuracy_only(checkpoint):
+    silent, deaf = (gradients(checkpoint, with_adversarial(**changes)) for changes in ({"weight": 0.0}, {"listen_above": 0.9}))
+    for one, other in zip(*(found[2].parameters("student") for found in (silent, deaf)), strict=True):
+        assert torch.equal(one.grad, other.grad)  # the judge knows nothing yet
+    adversary = deaf[3]
+    assert adversary.heard == 0 and all(p.grad is not None for p in adversary.head.parameters())  # but it learns
+    adversary.running = torch.tensor(0.95)
+    assert adversary.heard == 1
+    other = new_adversary(deaf[2], with_adversarial(listen_above=0.9).adversarial)
+    other.load_state_dict(adversary.state_dict())
+    assert other.heard == 1
+
+
+@pytest.mark.parametrize("changes", [{"levels": 2}, {"norm": "none"}, {"loss": "hinge"}, {"loss": "relativistic"}])
+def test_each_switch_of_the_judge_reaches_the_student_and_the_key(checkpoint, changes):
+    usual, other = (gradients(checkpoint, config)[2] for config in (CONFIG, with_adversarial(**changes)))
+    assert not all(
+        torch.allclose(a.grad, b.grad, rtol=1e-3) for a, b in zip(*(x.parameters("student") for x in (usual, other)), strict=True)
+    )
+    (name,) = changes
+    assert name not in CONFIG.identity()["terms"]["adversarial"]  # at its default it is no part of older keys
+    assert with_adversarial(**changes).identity()["terms"]["adversarial"][name] == changes[name]

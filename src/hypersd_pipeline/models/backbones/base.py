@@ -16,6 +16,33 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.config_rules import check_class, read_config
 
 
+class ExactConv2d(nn.Conv2d):
+    """A convolution in float32, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, c, h, w]`` in any floating dtype -> float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class ExactGroupNorm(nn.GroupNorm):
+    """A group normalisation in float32, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, c, h, w]`` in any floating dtype -> float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def exact(*modules: nn.Module) -> None:
+    """Make convolutions and group normalisations compute in float32, with float32 weights. Names and values of weights stay."""
+    kinds: dict[type, type] = {nn.Conv2d: ExactConv2d, nn.GroupNorm: ExactGroupNorm}
+    for module in modules:
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
+            module.float()
+
+
 class Backbone(ABC):
     """A denoising network of diffusers.
 
@@ -52,6 +79,22 @@ class Backbone(ABC):
     @abstractmethod
     def feature_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """``(C, h', w')`` of `features` for latents ``(c, h, w)``."""
+
+    def feature_levels(self, x_t: Tensor, t: Tensor, cond: Conditioning, levels: int) -> list[Tensor]:
+        """`features`, and with more than one level those of ``levels - 1`` earlier parts of the encoder, the last part first.
+
+        Raises:
+            UserError: the family has no features at so many levels.
+        """
+        if levels > 1:
+            raise UserError(f"terms.adversarial.levels is {levels}, but {self.class_name} gives features at one level; use 1.")
+        return [self.features(x_t, t, cond)]
+
+    def feature_shapes(self, latent_shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:
+        """``(C, h', w')`` of each of `feature_levels`. Raises UserError as it does."""
+        if levels > 1:
+            raise UserError(f"terms.adversarial.levels is {levels}, but {self.class_name} gives features at one level; use 1.")
+        return [self.feature_shape(latent_shape)]
 
     @abstractmethod
     def feature_module(self) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.backbones.base import Backbone
+from hypersd_pipeline.models.backbones.base import Backbone, exact
 from hypersd_pipeline.models.config_rules import (
     DEPTH,
     SIDE,
@@ -36,23 +36,32 @@ class UNetBackbone(Backbone):
     encoder_modules = "(down_blocks|mid_block)"
     input_names = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
 
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        exact(module.conv_norm_out, module.conv_out)  # rounded to bf16, eps would be multiplied by 14.6 on the way to x0
+
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See `Backbone`."""
         return self.module(x_t.to(self.dtype), t, **call_arguments(cond.to(dtype=self.dtype)), return_dict=False)[0]  # type: ignore[no-any-return]
 
     def features(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The output of the mid block: what the whole pass computes there, without the decoder (SDXL-Lightning, section 3.2)."""
+        return self.feature_levels(x_t, t, cond, 1)[0]
+
+    def feature_levels(self, x_t: Tensor, t: Tensor, cond: Conditioning, levels: int) -> list[Tensor]:
+        """See `Backbone`. The mid block's output, then the blocks' before it, from the last to the first."""
         unet, x = self.module, x_t.to(self.dtype)
         inputs = call_arguments(cond.to(dtype=self.dtype))
         text, added = inputs["encoder_hidden_states"], inputs.get("added_cond_kwargs", {})
         emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
         extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
         emb = emb if extra is None else emb + extra
-        x = unet.conv_in(x)
+        x, seen = unet.conv_in(x), []
         for block in unet.down_blocks:
             crossed = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
             x, _ = block(hidden_states=x, temb=emb, **crossed)
-        return unet.mid_block(x, emb, encoder_hidden_states=text)  # type: ignore[no-any-return]
+            seen.append(x)
+        return [unet.mid_block(x, emb, encoder_hidden_states=text), *seen[:-levels:-1]]
 
     def feature_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """See `Backbone`. Each block but the last halves the sides, rounded up."""
@@ -61,6 +70,19 @@ class UNetBackbone(Backbone):
             if block.downsamplers is not None:
                 height, width = (height + 1) // 2, (width + 1) // 2
         return self.module.config.block_out_channels[-1], height, width
+
+    def feature_shapes(self, latent_shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:
+        """See `Backbone`."""
+        blocks = self.module.down_blocks
+        if levels > 1 + len(blocks):
+            raise UserError(f"terms.adversarial.levels is {levels}, but the teacher's encoder has {1 + len(blocks)} levels; lower it.")
+        _, height, width = latent_shape
+        shapes = []
+        for block, channels in zip(blocks, self.module.config.block_out_channels, strict=True):
+            if block.downsamplers is not None:
+                height, width = (height + 1) // 2, (width + 1) // 2
+            shapes.append((channels, height, width))
+        return [self.feature_shape(latent_shape), *shapes[:-levels:-1]]
 
     def feature_module(self) -> nn.Module:
         """The mid block."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
-from hypersd_pipeline.config import Count, Decay, Rate
+from hypersd_pipeline.config import Count, Decay, Rate, Share
 from hypersd_pipeline.draws import rand, randn
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.discriminator import make_head
-from hypersd_pipeline.objectives.adversarial import discriminator_loss, generator_loss
+from hypersd_pipeline.objectives.adversarial import Loss, discriminator_loss, generator_loss
 from hypersd_pipeline.training.terms.base import Context, Cost, Scalars, TermConfig, View
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,13 @@ class AdversarialConfig(TermConfig):
         pair: judge ``(x_t, x_s)``, or ``x_s`` alone.
         renoise: bring both sides to a shared, higher noise level before they are judged (PCM).
         hidden: channels of the head, a multiple of 32.
+        real: what it takes for real on a trajectory: the consistency ``target``, or ``data`` that are noised to the same time. Samples are
+            always judged against data.
+        levels: of features. 1: the mid block's. More: those of so many earlier blocks of the encoder too, with a head each.
+        norm: of the head: ``group`` normalisation, or ``none``.
+        loss: see `objectives.adversarial.discriminator_loss`.
+        balance_cap: largest factor by which ``balance`` may raise the gradient. None: any.
+        listen_above: running accuracy from which on the student listens. At 1/2 the discriminator knows nothing. 0: always.
         learning_rate, betas: of its AdamW.
         alarm_after: updates in a row that it may be right about everything before a warning.
     """
@@ -45,9 +52,17 @@ class AdversarialConfig(TermConfig):
     pair: bool = True
     renoise: bool = False
     hidden: int = Field(default=128, ge=32, le=2**16)
+    real: Literal["target", "data"] = "target"
+    levels: int = Field(default=1, ge=1, le=16)
+    norm: Literal["group", "none"] = "group"
+    loss: Loss = "softplus"
+    balance_cap: float | None = Field(default=None, gt=0, le=1e12)
+    listen_above: Share = 0.0
     learning_rate: Rate = 1e-3
     betas: tuple[Decay, Decay] = (0.0, 0.99)
     alarm_after: Count = 20
+
+    later: ClassVar[frozenset[str]] = frozenset({"real", "levels", "norm", "loss", "balance_cap", "listen_above"})
 
     @field_validator("hidden")
     @classmethod
@@ -71,7 +86,7 @@ class AdversarialConfig(TermConfig):
         where the encoder is trained.
         """
         trained = self.encoder == "adapter"
-        inputs = 3.0 if self.pair and (trained or not features_are_free) else 2.0
+        inputs = 3.0 if self.pair and (trained or self.levels > 1 or not features_are_free) else 2.0
         back = 1.0 + (inputs if trained else 0.0)
         return inputs + back * (1.0 + cost.again)
 
@@ -101,17 +116,24 @@ class Adversary:
         device: torch.device,
     ) -> None:
         self.adapters, self.config, self.segments, self.passes = adapters, config, segments, passes
-        self.head = make_head(adapters.backbone.feature_shape(latent_shape), config.hidden, 2 if config.pair else 1, seed).to(device)
+        shapes = adapters.backbone.feature_shapes(latent_shape, config.levels)
+        self.head = make_head(shapes, config.hidden, 2 if config.pair else 1, seed, config.norm).to(device)
         self.adapter = ADAPTER if config.encoder == "adapter" else None
         self.parameters = [*self.head.parameters(), *(adapters.parameters(ADAPTER) if self.adapter else ())]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
         self.streak = torch.zeros((), device=device)
+        self.running = torch.full((), 0.5, device=device)  # accuracy, in the mean of about the last hundred passes
         self._correct: list[Tensor] = []  # of the passes of an update so far
 
     @property
     def takes_teachers_features(self) -> bool:
         """Whether the features of ``x_t`` are the base model's own, which its solver step passes anyway."""
-        return self.config.pair and self.adapter is None
+        return self.config.pair and self.adapter is None and self.config.levels == 1
+
+    @property
+    def heard(self) -> float | Tensor:
+        """1 where the student listens, 0 where the discriminator knows too little."""
+        return 1.0 if self.config.listen_above == 0 else (self.running > self.config.listen_above).float()
 
     def __call__(self, view: View, generator: torch.Generator) -> tuple[Tensor, Scalars]:
         """See `Term`. Leaves the discriminator's gradient in its parameters."""
@@ -129,30 +151,37 @@ class Adversary:
         s: Tensor,
         cond: Conditioning,
         generator: torch.Generator,
-        seen: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Leave the discriminator's gradient in its parameters and return the student's loss, whose only leaf is ``prediction``.
 
         Args:
             x_t, t: what the student saw. prediction, target: ``[b, c, h, w]`` at the times ``s``. ``prediction`` is a leaf.
-            seen: the encoder's features of ``x_t``, where they are known already (`takes_teachers_features`).
+            features: the encoder's features of ``x_t``, where they are known already (`takes_teachers_features`).
         """
         if self.config.renoise:
             prediction, target, s = self._renoised(prediction, target, s, generator)
         with nullcontext() if self.adapter else torch.no_grad():
+            seen = None if features is None else [features]
             if self.config.pair and seen is None:
                 both = self._encode(torch.cat([target, x_t]), torch.cat([s, t]), Conditioning.cat(cond, cond))
-                real_features, seen = both.chunk(2)
+                real_features, seen = ([level.chunk(2)[half] for level in both] for half in (0, 1))
             else:
                 real_features = self._encode(target, s, cond)
         fake_features = self._encode(prediction, s, cond)
         real, fake = self._logits(real_features, seen), self._logits(fake_features, seen)
-        loss = discriminator_loss(real, fake)
+        kind = self.config.loss
+        loss = discriminator_loss(real, fake, kind)
         (loss / self.passes).backward(inputs=self.parameters, retain_graph=True)
-        correct = ((real > 0).float().mean() + (fake < 0).float().mean()).detach() / 2
+        if kind == "relativistic":
+            correct = (real > fake).float().mean()
+        else:
+            correct = ((real > 0).float().mean() + (fake < 0).float().mean()).detach() / 2
         self._count(correct)
+        self.running = self.running.lerp(correct, 0.01)
         scalars = {"loss": loss, "accuracy": correct, "logit_real": real.mean(), "logit_fake": fake.mean(), "unbeaten_steps": self.streak}
-        return generator_loss(fake), {f"discriminator_{name}": value.detach() for name, value in scalars.items()}
+        scalars["running_accuracy"] = self.running
+        return generator_loss(fake, real.detach(), kind), {f"discriminator_{name}": value.detach() for name, value in scalars.items()}
 
     def _count(self, correct: Tensor) -> None:
         """Updates in a row with nothing but right answers, on the device: to read it at each pass would make the CPU wait."""
@@ -173,11 +202,11 @@ class Adversary:
                 unbeaten,
             )
 
-    def _encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return self.adapters.features(self.adapter, x, t, cond)
+    def _encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> list[Tensor]:
+        return self.adapters.feature_levels(self.adapter, x, t, cond, self.config.levels)
 
-    def _logits(self, features: Tensor, seen: Tensor | None) -> Tensor:
-        return self.head(features if seen is None else torch.cat([features, seen], dim=1))
+    def _logits(self, features: list[Tensor], seen: list[Tensor] | None) -> Tensor:
+        return self.head(*(features if seen is None else [torch.cat(pair, dim=1) for pair in zip(features, seen, strict=True)]))
 
     def _renoised(self, prediction: Tensor, target: Tensor, s: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         process = self.adapters.process
@@ -188,11 +217,15 @@ class Adversary:
         return process.renoise(prediction, s, t_star, z), process.renoise(target, s, t_star, z), t_star
 
     def state_dict(self) -> dict[str, Any]:
-        """The head and the alarm's count. The encoder's adapter is in the adapters' state, the optimiser in the loop's."""
-        return {"head": self.head.state_dict(), "streak": self.streak}
+        """The head, the alarm's count and the running accuracy.
+
+        The encoder's adapter is in the adapters' state, the optimiser in the loop's.
+        """
+        return {"head": self.head.state_dict(), "streak": self.streak, "running": self.running}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.head.load_state_dict(state_dict["head"])
         self.streak = state_dict["streak"].to(self.streak)
+        self.running = state_dict.get("running", torch.full((), 0.5)).to(self.running)
         self._correct.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -16,6 +18,8 @@ from hypersd_pipeline.objectives import distribution_matching as dmd
 from hypersd_pipeline.training.critic import Critic, CriticConfig
 from hypersd_pipeline.training.terms.base import Context, Cost, Scalars, TermConfig, View
 from hypersd_pipeline.training.terms.consistency import check_scales
+
+log = logging.getLogger(__name__)
 
 
 class MatchingConfig(TermConfig):
@@ -71,7 +75,19 @@ class Matching:
         learned = self.critic.update(view.sample[some], cond[some], generator)
         gradient = self.gradient(view.sample[some].detach(), cond[some], uncond[some], generator)
         loss = dmd.matching_loss(view.sample[some], gradient)
-        return loss, {"critic": learned, "matching": gradient.square().mean().sqrt()}
+        silent = (gradient == 0).flatten(1).all(dim=1).float().mean()  # where a prediction was not finite
+        scalars = {"critic": learned, "matching": gradient.square().mean().sqrt(), "matching_silent": silent}
+        return loss, {**scalars, "critic_skipped": torch.tensor(float(self.critic.skipped))}
+
+    def watch(self, values: Mapping[str, float], step: int) -> None:
+        """Warn where more than half of the samples have no gradient: their predictions were not finite."""
+        if values.get("matching_silent", 0.0) > 0.5:
+            log.warning(
+                "Step %d: teacher or critic gave predictions that are not finite for %.0f %% of the samples, so that matching does not "
+                "move the student there; lower matching.critic.learning_rate, or use teacher.dtype float32.",
+                step,
+                100 * values["matching_silent"],
+            )
 
     @torch.no_grad()
     def gradient(self, samples: Tensor, cond: Conditioning, uncond: Conditioning, generator: torch.Generator) -> Tensor:
