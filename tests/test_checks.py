@@ -209,7 +209,8 @@ NO_MASKS = "a data source of kind 'folder' has no instance masks; set it to null
         (
             "replicates",
             "data: {source: {kind: prompts, file: /prompts.txt}}",
-            "replicates.chain.k8.terms.consistency: a data source of kind 'prompts' has no images; set the term to null or use another kind.",
+            "replicates.chain.k8.terms.consistency: a data source of kind 'prompts' has no images; set the term to null or "
+            "use another kind.",
         ),
         ("replicates", "data: {source: {kind: folder, root: /images}}", f"replicates.chain.feedback.terms.perceptual: {NO_MASKS}"),
     ],

@@ -47,6 +47,19 @@ def test_all_parts_together_have_what_one_draws(passes, ranks):
         assert all(torch.equal(drawn[3], expected[3]) for _, drawn in parts)
 
 
+def test_what_is_drawn_apart_is_no_part_of_an_update():
+    generator, plain = Draws().manual_seed(1), torch.Generator().manual_seed(1)
+    generator.take(0, 2, 1, 2)
+    first = torch.randn(8, 2, generator=plain)
+    assert torch.equal(draws.randn((2, 2), generator), first[:4][1::2])
+    with draws.apart(generator):
+        assert torch.equal(draws.randn((2, 2), generator), torch.randn(4, 2, generator=plain)[1::2])
+    generator.take(1, 2, 1, 2)
+    assert torch.equal(draws.randn((2, 2), generator), first[4:][1::2])
+    with draws.apart(plain):
+        assert draws.randn((2,), plain).shape == (2,)
+
+
 def test_a_pass_that_draws_more_stays_with_the_other_ranks():
     """A critic's second update in the last pass only."""
     found = []

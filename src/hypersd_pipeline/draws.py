@@ -6,7 +6,8 @@ So everything that a stage draws is drawn for the whole batch, by all processes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ class Draws(torch.Generator):
         if part == 0:
             self._held: list[tuple[Any, Tensor]] = []
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is drawn inside belongs to no update: each pass draws anew, and each process takes its rows of it."""
+        before, self._pass, self._passes = (self._pass, self._passes), 0, 1
+        try:
+            yield
+        finally:
+            self._pass, self._passes = before
+
     def rows(self, what: tuple[Any, ...], shape: tuple[int, ...], draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """Draw for the whole batch and give this part's rows, ``shape``. A draw without dimensions is shared by all parts.
 
@@ -53,6 +63,11 @@ class Draws(torch.Generator):
         if number == len(self._held):
             self._held.append((what, drawn))
         return drawn
+
+
+def apart(generator: torch.Generator) -> AbstractContextManager[None]:
+    """See `Draws.apart`. Nothing for an ordinary generator."""
+    return generator.apart() if isinstance(generator, Draws) else nullcontext()
 
 
 def _rows(what: tuple[Any, ...], shape: Sequence[int], generator: torch.Generator, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:

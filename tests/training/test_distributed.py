@@ -29,9 +29,9 @@ TSCD = {
 FEEDBACK = {"reward": {"reward": {"kind": "shipped_quality"}, "alpha": 10.0}, "anchor": {"weight": 2.0}}
 DMD = {
     "consistency": {"segments": 1, "guidance": (3.0, 5.0), "batch": 4},
-    "matching": {"guidance": (2.0, 4.0), "batch": 4, "critic": {"updates": 2, "learning_rate": 1e-2}},
+    "matching": {"guidance": (2.0, 4.0), "batch": 4, "critic": {"updates": 2, "learning_rate": 1e-2, "warmup_updates": 2}},
     "regression": {},
-    "adversarial": {"weight": 0.2, "pair": False},
+    "adversarial": {"weight": 0.2, "pair": False, "listen_above": 0.5},
 }
 METHODS = {"tscd": (TSCD, {}), "feedback": (FEEDBACK, {"steps": 4, "gradient_steps": 3}), "dmd": (DMD, {})}
 WAYS = {"tscd": [(2, 1), (4, 1), (2, 2)], "feedback": [(2, 1), (4, 1), (1, 4)], "dmd": [(2, 1), (4, 1)]}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.data.rows import Manifest
+from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.evaluation.reference import SPLITS, SplitReference, make_split, read_reference, reference_key, write_reference
 from hypersd_pipeline.evaluation.samples import steps_label, write_samples
@@ -81,9 +82,13 @@ class Bench:
             bench.texts[name] = bench.scorer.text_embeddings(split.prompts)
         return bench
 
+    def denoiser(self) -> Denoiser:
+        """The teacher's network as it is now, in the precision in which the evaluation samples."""
+        return self.teacher.denoiser().in_bf16(self.config.mixed_precision == "bf16")
+
     def row(self, split: str, steps: int, contract: Contract, guidance_scale: float = 1.0) -> tuple[Metrics, list[Image.Image]]:
         """Metrics of one number of steps on one split, and the images of the first ``grid_prompts`` prompts."""
-        denoiser = self.teacher.denoiser().in_bf16(self.config.mixed_precision == "bf16")
+        denoiser = self.denoiser()
         if guidance_scale != 1:
             denoiser = denoiser.guided(self.teacher.unconditional(1), guidance_scale)
         batches = generate(

@@ -18,7 +18,7 @@ from hypersd_pipeline.metrics.grids import labelled_grid
 from hypersd_pipeline.metrics.mask_ap import mask_ap
 from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA, merge_lora
-from hypersd_pipeline.models.teacher import Teacher, TeacherConfig
+from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.objectives import feedback as objective
 from hypersd_pipeline.perception.annotations import AnnotatedSplit
 from hypersd_pipeline.perception.protocol import PerceptualModel
@@ -58,16 +58,21 @@ def measure_tradeoff(
     for weight in sorted({0.0, *stage.merge_weights}):
         merge_lora(bench.teacher.backbone.module, feedback_lora, weight - before)
         before = weight
-        options: dict[str, Any] = {"seed": evaluation.seed, "batch_size": evaluation.batch_size, "eta": contract.eta}
+        options: dict[str, Any] = {
+            "seed": evaluation.seed,
+            "batch_size": evaluation.batch_size,
+            "eta": contract.eta,
+            "denoiser": bench.denoiser(),
+        }
         shown: list[Image.Image] = []
         batches = watched(generate(bench.teacher, bench.cond["test"], timesteps, **options), shown, evaluation.grid_prompts)
         row = bench.metrics_of("test", f"{steps}_steps", bench.scorer.score_all(batches))
         if weight <= 1:
             headline = {**row, "samples": float(len(split))}
         line = {"weight": weight, **{name.split("/")[0]: v for name, v in row.items() if not name.endswith(("_low", "_high"))}}
-        line |= probe.measure(bench.teacher.denoiser())
+        line |= probe.measure(bench.denoiser())
         if perceptual is not None:
-            line |= _noised_image_ap(source, bench.teacher, perceptual, stage, evaluation)
+            line |= _noised_image_ap(source, bench, perceptual, stage)
         lines.append(line)
         columns.append((f"feedback x {weight:g}", shown))
     frame = pd.DataFrame(lines)
@@ -76,14 +81,13 @@ def measure_tradeoff(
 
 
 @torch.no_grad()
-def _noised_image_ap(
-    source: AnnotatedData, model: Teacher, perceptual: PerceptualModel, stage: FeedbackConfig, evaluation: EvaluationConfig
-) -> dict[str, float]:
+def _noised_image_ap(source: AnnotatedData, bench: Bench, perceptual: PerceptualModel, stage: FeedbackConfig) -> dict[str, float]:
     """Mask AP on test images that were noised as in the training and sampled again from there."""
     assert stage.segmenter is not None
+    model, evaluation = bench.teacher, bench.config
     annotated = AnnotatedSplit(source.manifest, source.data, "test", model.resolution, perceptual.labels)
     rows = annotated.annotated()[: stage.test_images]
-    split, denoiser = source.latents.split("test"), model.denoiser()
+    split, denoiser = source.latents.split("test"), bench.denoiser()
     timesteps = model.process.trailing_timesteps(stage.sample.steps).tolist()[stage.segmenter.start(stage.sample.steps) :]
     generator, images = torch.Generator().manual_seed(evaluation.seed), []
     for picks in rows.split(evaluation.batch_size):

@@ -199,6 +199,15 @@ def norm(x: Tensor) -> Tensor:
     return square.sqrt().to(x.dtype)
 
 
+def mean(x: Tensor) -> Tensor:
+    """The mean over all ranks of a tensor, elementwise. It stays on its device."""
+    if ranks() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / ranks()
+
+
 def means(values: Mapping[str, Tensor]) -> dict[str, float]:
     """The mean over all ranks of each scalar. All ranks have the same names."""
     if ranks() == 1:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypersd_pipeline.draws import apart
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.objectives.adversarial import balanced
 from hypersd_pipeline.training import distributed
@@ -71,10 +72,11 @@ class Stage:
         for rollout, terms in self.parts:
             for term in (term for _, term in terms if isinstance(term, Matching)):
                 while term.critic.cold:
-                    with torch.no_grad():
-                        prediction = rollout.predict(rollout.draw(generator), generator)
-                    some = slice(0, term.config.batch)
-                    term.critic.warm_up(prediction.sample[some], prediction.cond[some], generator)
+                    with apart(generator):
+                        with torch.no_grad():
+                            prediction = rollout.predict(rollout.draw(generator), generator)
+                        some = slice(0, term.config.batch)
+                        term.critic.warm_up(prediction.sample[some], prediction.cond[some], generator)
 
     def _judged(self, view: View, terms: Sequence[Weighted], generator: torch.Generator, scalars: Scalars) -> tuple[Tensor, Tensor]:
         """The terms' weighted sum and its gradient at the prediction; a discriminator's is weighed against that of all others."""

@@ -17,6 +17,7 @@ from hypersd_pipeline.draws import rand, randn
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.discriminator import make_head
 from hypersd_pipeline.objectives.adversarial import Loss, discriminator_loss, generator_loss
+from hypersd_pipeline.training import distributed
 from hypersd_pipeline.training.terms.base import Context, Cost, Scalars, TermConfig, View
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,9 @@ class Adversary:
         else:
             correct = ((real > 0).float().mean() + (fake < 0).float().mean()).detach() / 2
         self._count(correct)
-        self.running = self.running.lerp(correct, 0.01)
+        self.running = self.running.lerp(
+            distributed.mean(correct) if self.config.listen_above else correct, 0.01
+        )  # all ranks listen, or none
         scalars = {"loss": loss, "accuracy": correct, "logit_real": real.mean(), "logit_fake": fake.mean(), "unbeaten_steps": self.streak}
         scalars["running_accuracy"] = self.running
         return generator_loss(fake, real.detach(), kind), {f"discriminator_{name}": value.detach() for name, value in scalars.items()}
