@@ -179,9 +179,8 @@ class Adversary:
         else:
             correct = ((real > 0).float().mean() + (fake < 0).float().mean()).detach() / 2
         self._count(correct)
-        self.running = self.running.lerp(
-            distributed.mean(correct) if self.config.listen_above else correct, 0.01
-        )  # all ranks listen, or none
+        known = distributed.mean(correct) if self.config.listen_above else correct  # so that all ranks listen, or none
+        self.running = self.running.lerp(known, 0.01)
         scalars = {"loss": loss, "accuracy": correct, "logit_real": real.mean(), "logit_fake": fake.mean(), "unbeaten_steps": self.streak}
         scalars["running_accuracy"] = self.running
         return generator_loss(fake, real.detach(), kind), {f"discriminator_{name}": value.detach() for name, value in scalars.items()}
