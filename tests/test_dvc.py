@@ -215,7 +215,7 @@ def test_a_stage_depends_on_no_code_that_it_does_not_run(stage, datasets):
         ),
         ("one_step_unet", ["training/critic.py", "data/trajectories.py"], ["evaluation/bench.py", "recipes/distil.py"]),
         ("evaluate_k8", ["evaluation/bench.py", "models/contract.py"], ["objectives/consistency.py", "training/stage.py"]),
-        ("reference", ["evaluation/reference.py", "models/teacher.py"], ["training/stage.py", "rewards/base.py"]),
+        ("reference", ["evaluation/reference.py", "models/teacher.py", "rewards/base.py"], ["training/stage.py", "perception/solo.py"]),
     ],
 )
 def test_the_code_of_a_stage_is_followed(stage, depends, does_not, datasets):

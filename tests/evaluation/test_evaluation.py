@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from tiny import write_teacher
 
+import hypersd_pipeline
 from hypersd_pipeline.data.rows import Manifest, Row
 from hypersd_pipeline.data.twemoji import TwemojiConfig, make_scene
 from hypersd_pipeline.diffusion.grids import trailing_timesteps
@@ -24,10 +26,14 @@ from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.pipelines.evaluation.pipeline import create_pipeline
+from hypersd_pipeline.rewards import load_reward
+from hypersd_pipeline.rewards.shipped_quality import ShippedQualityConfig
+from hypersd_pipeline.rewards.text_image import TextImageConfig
 
 CONFIG = EvaluationConfig(
     samples=10, unseen_samples=6, batch_size=4, student_steps=(1, 2), teacher_steps=(1, 3), bootstrap=100, grid_prompts=3
 )
+JUDGES = Path(hypersd_pipeline.__file__).parent / "assets/judges"
 N = {"test": 12, "test_unseen": 6}
 
 
@@ -109,6 +115,36 @@ def test_stale_reference_is_refused(reference: Path, teacher: TeacherConfig, man
     assert read_reference(reference, {"data": manifest.key}).keys() == {"test", "test_unseen"}
     with pytest.raises(UserError, match="no such file"):
         read_reference(reference / "nowhere")
+
+
+def test_rewards_are_metrics_of_every_row_and_the_packaged_head_may_be_left_out(
+    work: Path, manifest: Manifest, teacher: TeacherConfig
+) -> None:
+    reward = TextImageConfig(weights=JUDGES / "text_image_reward.safetensors")
+    config = CONFIG.model_copy(update={"rewards": (reward,), "image_quality": False, "teacher_steps": (1,)})
+    folder = work / "reference_with_rewards"
+    folder.mkdir()
+    prepare_reference(manifest, teacher, config)(folder)
+    metrics = evaluate_teacher(teacher, folder, config)[0]
+    assert {key for key in metrics if "text_image" in key and not key.endswith(("_low", "_high"))} == {
+        f"{split}text_image/{row}" for split in ("", "unseen_") for row in ("1_steps", "real", "recon")
+    }
+    assert not [key for key in metrics if "image_quality" in key]
+
+    bench = Bench.load(teacher, folder, config)
+    guided = bench.denoiser().guided(bench.teacher.unconditional(1), config.guidance_scale)
+    images = torch.cat(list(generate(bench.teacher, bench.cond["test"], trailing_timesteps(1), seed=0, batch_size=10, denoiser=guided)))
+    with torch.inference_mode():
+        wanted = load_reward(reward, to_train_on=False).score(images, bench.splits["test"].prompts).mean()
+    assert metrics["text_image/1_steps"] == pytest.approx(float(wanted), rel=1e-4)  # each image with its own prompt
+
+    with pytest.raises(UserError, match="other rewards; run prepare_reference again"):
+        read_reference(folder, reference_key(config.model_copy(update={"rewards": (reward, ShippedQualityConfig())}), bench.teacher))
+    with pytest.raises(ValidationError, match="rewards has text_image twice"):
+        EvaluationConfig(samples=4, unseen_samples=4, rewards=(reward, reward))
+    lost = EvaluationConfig(samples=4, unseen_samples=4, rewards=(TextImageConfig(weights=work / "none.safetensors"),))
+    with pytest.raises(UserError, match=r"^evaluation\.rewards: .*none\.safetensors"):
+        lost.check_judges()
 
 
 def test_data_without_test_split_is_refused(manifest: Manifest, teacher: TeacherConfig) -> None:

@@ -101,9 +101,9 @@ def test_shared_trunk_changes_no_score() -> None:
     images = torch.rand(3, 3, 64, 64)
     scorer = Scorer(EvaluationConfig(samples=4, unseen_samples=4))
     assert scorer.shared and scorer.distance == "fd_efficientnet_lite0"
-    together = scorer.score(images)
+    together = scorer.score(images, ["a fox"] * 3)
     scorer.shared = False
-    apart = scorer.score(images)
+    apart = scorer.score(images, ["a fox"] * 3)
     for name in ("features", "embeddings", "quality"):
         assert torch.allclose(getattr(together, name), getattr(apart, name), atol=1e-5)
 

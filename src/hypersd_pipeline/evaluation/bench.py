@@ -102,7 +102,7 @@ class Bench:
             to_clean=contract.only_timestep is not None,
         )
         shown: list[Image.Image] = []
-        scores = self.scorer.score_all(watched(batches, shown, self.config.grid_prompts))
+        scores = self.scorer.score_all(watched(batches, shown, self.config.grid_prompts), self.splits[split].prompts)
         metrics = self.metrics_of(split, f"{steps}_steps", scores)
         log.info(
             "%s, %d steps: %s",
@@ -122,7 +122,9 @@ class Bench:
             metrics |= frechet_estimate(scores.features, other, paired=True, **options).flat(f"{prefix}{self.scorer.distance}_{kind}/{row}")
         clip = clip_scores(scores.embeddings, self.texts[split])
         metrics |= mean_estimate(clip, **options).flat(f"{prefix}clip_score/{row}")
-        return metrics | mean_estimate(scores.quality, **options).flat(f"{prefix}image_quality/{row}")
+        for name, values in {**({"image_quality": scores.quality} if self.config.image_quality else {}), **scores.rewards}.items():
+            metrics |= mean_estimate(values, **options).flat(f"{prefix}{name}/{row}")
+        return metrics
 
 
 def watched(batches: Iterable[Tensor], shown: list[Image.Image], n: int) -> Iterable[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from hypersd_pipeline.metrics.scorer import Scorer, Scores
 from hypersd_pipeline.models.teacher import Teacher
 
 SPLITS = ("test", "test_unseen")
+_REWARD = "reward_"
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ def make_split(manifest: Manifest, split: str, n: int, teacher: Teacher, scorer:
     """Score ``n`` real images of a split and their reconstructions (posterior mean, decoded)."""
     rows = choose_rows(manifest.splits[split], n, config.seed)
     size = teacher.resolution
+    prompts = [row.captions[0] for row in rows]
     real, recon = [], []
-    for batch in images_of(manifest, rows, size, config.batch_size):
-        real.append(scorer.score(batch))
+    for start, batch in zip(count(step=config.batch_size), images_of(manifest, rows, size, config.batch_size), strict=False):
+        some = prompts[start : start + len(batch)]
+        real.append(scorer.score(batch, some))
         with torch.inference_mode():
-            recon.append(scorer.score(teacher.decode(teacher.encode_images(batch * 2 - 1)[0])))
-    return SplitReference([row.captions[0] for row in rows], Scores.cat(real), Scores.cat(recon))
+            recon.append(scorer.score(teacher.decode(teacher.encode_images(batch * 2 - 1)[0]), some))
+    return SplitReference(prompts, Scores.cat(real), Scores.cat(recon))
 
 
 def reference_key(config: EvaluationConfig, teacher: Teacher) -> dict[str, str]:
@@ -73,14 +77,17 @@ def reference_key(config: EvaluationConfig, teacher: Teacher) -> dict[str, str]:
         "seed": str(config.seed),
         "vae": teacher.content_hash("vae"),
         "resolution": str(teacher.resolution),
+        **({"rewards": json.dumps([reward.model_dump(mode="json") for reward in config.rewards])} if config.rewards else {}),
     }
 
 
 def write_reference(folder: Path, splits: Mapping[str, SplitReference], key: Mapping[str, str]) -> None:
     """Write ``<split>.safetensors`` and ``reference.json`` (prompts, and what the features were made with)."""
     for name, split in splits.items():
-        tensors = {f"{kind}.{field}": getattr(getattr(split, kind), field) for kind in ("real", "recon") for field in Scores.FIELDS}
-        write_tensors(folder / f"{name}.safetensors", tensors)
+        both = {"real": split.real, "recon": split.recon}
+        tensors = {f"{kind}.{field}": getattr(scores, field) for kind, scores in both.items() for field in Scores.FIELDS}
+        rewards = {f"{kind}.{_REWARD}{reward}": values for kind, scores in both.items() for reward, values in scores.rewards.items()}
+        write_tensors(folder / f"{name}.safetensors", {**tensors, **rewards})
     content = {"made_with": dict(key), "prompts": {name: split.prompts for name, split in splits.items()}}
     write_text(folder / "reference.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -102,6 +109,11 @@ def read_reference(folder: Path, key: Mapping[str, str] | None = None) -> dict[s
     splits = {}
     for name, prompts in content["prompts"].items():
         tensors = load_file(folder / f"{name}.safetensors")
-        real, recon = (Scores(*(tensors[f"{kind}.{field}"] for field in Scores.FIELDS)) for kind in ("real", "recon"))
+        real, recon = (_scores(tensors, f"{kind}.") for kind in ("real", "recon"))
         splits[name] = SplitReference(prompts, real, recon)
     return splits
+
+
+def _scores(tensors: Mapping[str, Tensor], kind: str) -> Scores:
+    rewards = {name.removeprefix(f"{kind}{_REWARD}"): values for name, values in tensors.items() if name.startswith(f"{kind}{_REWARD}")}
+    return Scores(**{field: tensors[f"{kind}{field}"] for field in Scores.FIELDS}, rewards=rewards)

@@ -21,6 +21,10 @@ _TITLES = {
     "fid_inception": "FID Inception-v3",
     "clip_score": "CLIP score",
     "image_quality": "image quality",
+    "laion_aesthetic": "LAION aesthetic",
+    "image_reward": "ImageReward",
+    "pick_score": "PickScore",
+    "hps_v2": "HPS v2",
 }
 
 

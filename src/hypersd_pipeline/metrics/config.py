@@ -2,12 +2,13 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hypersd_pipeline.config import Count, Guidance, Seed, Steps, Strict
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.metrics.clip_score import ClipConfig
 from hypersd_pipeline.metrics.features import FeatureConfig
+from hypersd_pipeline.rewards import RewardConfig
 
 __all__ = ["ClipConfig", "EvaluationConfig", "FeatureConfig"]
 
@@ -19,6 +20,8 @@ class EvaluationConfig(Strict):
         samples, unseen_samples: images per row of the table, at most as many as the splits ``test`` and ``test_unseen`` have.
         student_steps, teacher_steps: the numbers of DDIM steps (trailing grid). The teacher uses ``guidance_scale``, students none.
         mixed_precision: ``bf16`` samples with the network in bf16 by autocast. The VAE and all metrics stay as they are.
+        rewards: measured besides, each a metric with the name of its kind. They see images and prompts.
+        image_quality: whether the packaged image-quality head is a metric. It knows the embedded data only.
         bootstrap: resamples for the intervals.
         grid_prompts: rows of the image grids.
     """
@@ -32,9 +35,19 @@ class EvaluationConfig(Strict):
     mixed_precision: Literal["no", "bf16"] = "no"
     features: FeatureConfig = FeatureConfig()
     clip: ClipConfig = ClipConfig()
+    rewards: tuple[RewardConfig, ...] = ()
+    image_quality: bool = True
     bootstrap: int = Field(default=1000, ge=100, le=10**6)
     grid_prompts: int = Field(default=8, ge=1, le=1000)
     seed: Seed = 0
+
+    @field_validator("rewards")
+    @classmethod
+    def _named_once(cls, rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        kinds = [reward.kind for reward in rewards]
+        if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+            raise ValueError(f"rewards has {twice} twice, and a metric is named by its kind; keep one")
+        return rewards
 
     def check_judges(self) -> None:
         """Raises UserError for a judge that is missing or damaged. The packaged ones are looked at too, which every evaluation asks."""
@@ -43,6 +56,11 @@ class EvaluationConfig(Strict):
         self.features.check()
         self.clip.check()
         check_quality_head()
+        for reward in self.rewards:
+            try:
+                reward.check()
+            except UserError as error:
+                raise UserError(f"evaluation.rewards: {error}") from error
 
     def check(self, num_train_timesteps: int) -> None:
         """Raises UserError for a number of steps that the teacher's schedule of so many timesteps has not."""

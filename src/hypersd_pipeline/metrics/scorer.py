@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -14,21 +14,28 @@ from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.metrics.features import EfficientNetLite0, load_features, metric_name
 from hypersd_pipeline.models.dual_encoder import DualEncoder, load_dual_encoder
 from hypersd_pipeline.models.quality_head import load_quality_head
+from hypersd_pipeline.rewards import load_reward
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of ``n`` images, float32 on the CPU: Frechet ``features [n, d]``, unit image ``embeddings [n, e]``, ``quality [n]``."""
+    """Of ``n`` images, float32 on the CPU: Frechet ``features [n, d]``, unit image ``embeddings [n, e]``, ``quality [n]``, ``rewards``.
+
+    Attributes:
+        rewards: name -> ``[n]``, of each reward of the configuration.
+    """
 
     FIELDS: ClassVar = ("features", "embeddings", "quality")
     features: Tensor
     embeddings: Tensor
     quality: Tensor
+    rewards: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def cat(parts: Sequence[Scores]) -> Scores:
         """Concatenate along the images."""
-        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.FIELDS))
+        rewards = {name: torch.cat([part.rewards[name] for part in parts]) for name in parts[0].rewards}
+        return Scores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in Scores.FIELDS}, rewards=rewards)
 
 
 class Scorer:
@@ -43,23 +50,30 @@ class Scorer:
         self.clip = load_clip(config.clip, device)
         self.dual = self.clip if isinstance(self.clip, DualEncoder) else load_dual_encoder().to(device)
         self.head = load_quality_head(self.dual)
+        self.rewards = [load_reward(reward, device, to_train_on=False) for reward in config.rewards]
         self.distance = metric_name(self.features.name)
         self.device = torch.device(device)
         # One trunk serves both where both see the same pixels: the vision tower is two thirds of the cost of scoring.
         self.shared = isinstance(self.features, EfficientNetLite0) and self.features.resolution == self.dual.config.image_size
 
     @torch.inference_mode()
-    def score(self, images: Tensor) -> Scores:
-        """Scores of ``[b, 3, h, w]`` in [0, 1]."""
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        """Scores of ``[b, 3, h, w]`` in [0, 1], and of ``b`` prompts where a reward reads them."""
         images = images.to(self.device, torch.float32)
         features = self.features(images)
         dual = self.dual.project_images(features) if self.shared else self.dual.encode_images(images)
         embeddings = dual if self.clip is self.dual else self.clip.encode_images(images)
-        return Scores(features.float().cpu(), embeddings.float().cpu(), self.head(dual).float().cpu())
+        rewards = {reward.name: reward.score(images, prompts).float().cpu() for reward in self.rewards}
+        return Scores(features.float().cpu(), embeddings.float().cpu(), self.head(dual).float().cpu(), rewards)
 
-    def score_all(self, batches: Iterable[Tensor]) -> Scores:
-        """Scores of all images of an iterable of batches, of which one is held at a time."""
-        return Scores.cat([self.score(batch) for batch in batches])
+    def score_all(self, batches: Iterable[Tensor], prompts: Sequence[str]) -> Scores:
+        """Scores of all images of an iterable of batches, of which one is held at a time, and of their prompts in the same order."""
+        parts: list[Scores] = []
+        start = 0
+        for batch in batches:
+            parts.append(self.score(batch, prompts[start : start + len(batch)]))
+            start += len(batch)
+        return Scores.cat(parts)
 
     @torch.inference_mode()
     def text_embeddings(self, prompts: list[str], batch_size: int = 64) -> Tensor:

@@ -66,7 +66,7 @@ def measure_tradeoff(
         }
         shown: list[Image.Image] = []
         batches = watched(generate(bench.teacher, bench.cond["test"], timesteps, **options), shown, evaluation.grid_prompts)
-        row = bench.metrics_of("test", f"{steps}_steps", bench.scorer.score_all(batches))
+        row = bench.metrics_of("test", f"{steps}_steps", bench.scorer.score_all(batches, split.prompts))
         if weight <= 1:
             headline = {**row, "samples": float(len(split))}
         line = {"weight": weight, **{name.split("/")[0]: v for name, v in row.items() if not name.endswith(("_low", "_high"))}}
