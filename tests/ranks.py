@@ -22,12 +22,14 @@ def on_ranks(count: int, folder: Path, call: Callable[[], Any]) -> list[Any]:
         process.start()
     for process in processes:
         process.join(120)
+        process.kill()  # nothing where it has ended
     assert [process.exitcode for process in processes] == [0] * count
     return [torch.load(folder / f"result-{rank}", weights_only=True) for rank in range(count)]
 
 
 def _rank(rank: int, count: int, folder: Path, call: Callable[[], Any]) -> None:
     try:
+        torch.set_num_threads(1)  # OpenMP would wait for threads that only the forked process has
         if count > 1:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=count)
