@@ -29,7 +29,7 @@ LAYOUTS = ("sd15", "sdxl")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_data_preparation_keeps_what_the_layout_needs(tmp_path, layout):
     config = TeacherConfig(source=str(tiny.write_teacher(tmp_path, layout)))
-    train = prepare(tmp_path, config).split("train")
+    train = prepare(tmp_path, config, sizes="image").split("train")
     teacher = load_teacher(config, ("text",), "cpu")
     indices = torch.tensor([0, 5])
     cond = train.conditioning(indices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiny
@@ -25,9 +26,10 @@ def write_images(root: Path, n: int = 8) -> Path:
     return root
 
 
-def prepare(tmp_path: Path, teacher: TeacherConfig) -> LatentCache:
+def prepare(tmp_path: Path, teacher: TeacherConfig, **data_options: Any) -> LatentCache:
     """Data preparation, node by node."""
-    data = DataConfig(source={"kind": "folder", "root": str(write_images(tmp_path / "images", 16))}, shard_rows=4, batch_size=3, workers=1)
+    source = {"kind": "folder", "root": str(write_images(tmp_path / "images", 16))}
+    data = DataConfig(source=source, shard_rows=4, batch_size=3, workers=1, **data_options)
     generate_dataset(data)(tmp_path / "dataset")
     manifest, rejected = validate_rows(tmp_path / "dataset", data)
     assert rejected.empty and {name: len(rows) for name, rows in manifest.splits.items()} == {"train": 12, "test": 4}
