@@ -55,7 +55,8 @@ def made(tmp_path_factory):
     return teacher, prepare(folder, teacher)
 
 
-def test_a_killed_rank_and_an_interruption_leave_the_weights_of_an_undisturbed_training(made, tmp_path):
+def test_a_killed_rank_and_an_interruption_leave_the_weights_of_an_undisturbed_training(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of all processes, as in the forked ones: bits depend on it
     teacher, latents = made
     start = LoRA(dict(reversed(first_lora(made, tmp_path / "first").tensors.items())), {"a": "b"})
 
