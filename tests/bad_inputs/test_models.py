@@ -580,6 +580,7 @@ def test_packaged_judges_are_good():
     for name in ("text_image_reward", "held_out_reward"):
         TextImageConfig(weights=packaged(name)).check()
     SoloConfig(kind="solo", weights=str(packaged("segmentation_model"))).check()
+    assert all(packaged(name).is_file() for name in ("text_image_reward", "held_out_reward", "segmentation_model"))
 
 
 def test_a_judge_of_this_project_is_no_teacher_of_itself(tmp_path):
