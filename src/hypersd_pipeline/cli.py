@@ -1,4 +1,4 @@
-"""Commands that ``kedro`` finds here: ``run`` with readable errors, ``catalog list``, ``options`` and ``tracking send``."""
+"""Commands that ``kedro`` finds here: ``run`` with readable errors, ``repro``, ``catalog list``, ``options`` and others."""
 
 from __future__ import annotations
 
@@ -173,6 +173,28 @@ def _join(env: str | None) -> None:
     join(folder)
 
 
+def _repro(env: str | None, arguments: tuple[str, ...]) -> None:
+    """Run what is out of date, with DVC: `dvc repro` for any environment. ARGUMENTS are stages and options of `dvc repro`.
+
+    For an environment it first writes conf/<environment>/dvc.yaml, where DVC finds its stages.
+    """
+    from kedro.framework.session import KedroSession
+    from kedro.utils import find_kedro_project
+
+    from hypersd_pipeline import checks
+    from hypersd_pipeline.config_loader import ProjectConfigLoader
+    from hypersd_pipeline.dvc_stages import repro
+
+    root = find_kedro_project(Path.cwd()) or Path.cwd()
+    checks.check_environment(Path(settings.CONF_SOURCE), env)
+    with KedroSession.create(project_path=root, env=env) as session:
+        loader = session._get_config_loader()  # type: ignore[attr-defined]
+        assert isinstance(loader, ProjectConfigLoader)
+        code = repro(root, loader, arguments)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
 run = ReadableCommand("run", callback=_run, params=kedro_run.params, help=kedro_run.help, context_settings=_CONTEXT)
 _describe = kedro_catalog.commands["describe-datasets"]
 _list = ReadableCommand("list", callback=_describe.callback, params=_describe.params, help=_describe.help)
@@ -191,6 +213,15 @@ cli.add_command(catalog)
 _env = click.Option(["--env", "-e"], help="Environment in conf/.")
 _send_command = ReadableCommand("send", callback=_send, params=[_env], help=_send.__doc__, context_settings=_CONTEXT)
 cli.add_command(ReadableCommand("join", callback=_join, params=[_env], help=_join.__doc__, context_settings=_CONTEXT))
+cli.add_command(
+    ReadableCommand(
+        "repro",
+        callback=_repro,
+        params=[_env, click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        help=_repro.__doc__,
+        context_settings={**_CONTEXT, "ignore_unknown_options": True},
+    )
+)
 cli.add_command(click.Group("tracking", commands={"send": _send_command}, help="What is recorded in MLflow."))
 cli.add_command(
     ReadableCommand(

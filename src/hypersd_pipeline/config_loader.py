@@ -76,7 +76,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
             for place in _places(likes, path[:depth]):
                 if depth == len(path) and _has(self.runtime_params, place):
                     return "--params"
-                for file, values in self._parameter_files:
+                for file, values in self.parameter_files:
                     if _has(values, place):
                         return _relative(file, root)
         return f"{Path(self.conf_source).name}/{self.base_env}"
@@ -91,7 +91,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
 
     def named_elsewhere(self) -> Iterator[tuple[str, ...]]:
         """Paths of parameters that are read by other means than a pipeline's input: ``like``, interpolations, ``runtime_params``."""
-        for _, values in self._parameter_files:
+        for _, values in self.parameter_files:
             yield from sections.named_elsewhere(values)
         yield from sections.named_elsewhere(self.runtime_params)
         for key in self.config_patterns:
@@ -209,7 +209,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
         return [(file, OmegaConf.to_container(files[file], resolve=False)) for file in sorted(files)]  # type: ignore[misc]
 
     @cached_property
-    def _parameter_files(self) -> list[tuple[Path, dict[str, Any]]]:
+    def parameter_files(self) -> list[tuple[Path, dict[str, Any]]]:
         """All parameters files with what is written in them, those that override first."""
         return [found for env in reversed(self.environments) for found in self._raw_parameters(env)]
 

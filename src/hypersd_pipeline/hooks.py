@@ -26,10 +26,21 @@ from pydantic import BaseModel, ValidationError
 
 from hypersd_pipeline import checks
 from hypersd_pipeline.config_loader import ProjectConfigLoader
+from hypersd_pipeline.dvc_stages import stages_file, write_stages
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import fingerprint, lock
 from hypersd_pipeline.io import tracking
-from hypersd_pipeline.io.journal import PIPELINE, Delivery, Journal, Sender, folder_id, milliseconds, send_left
+from hypersd_pipeline.io.journal import (
+    PIPELINE,
+    Delivery,
+    Journal,
+    Sender,
+    end_shared_run,
+    folder_id,
+    milliseconds,
+    send_left,
+    shared_run,
+)
 from hypersd_pipeline.io.metrics import MetricsDataset
 from hypersd_pipeline.io.mlflow_store import connect, reason, this_process
 from hypersd_pipeline.logs import prepare_logs, set_subject
@@ -223,10 +234,12 @@ class TrackingHook:
             self._run.recorder.artifact(str(Path(dataset._filepath).absolute()), dataset_name)  # type: ignore[union-attr]
 
     @hook_impl
-    def after_pipeline_run(self) -> None:
+    def after_pipeline_run(self, pipeline: Pipeline) -> None:
         """Close the runs as FINISHED, and say where they are."""
         if self._run:
             self._run.finish("FINISHED")
+            if "results" in pipeline.all_outputs():
+                end_shared_run(self._folder)
 
     @hook_impl
     def on_pipeline_error(self, error: Exception) -> None:
@@ -249,17 +262,21 @@ class _TrackedRun:
         self._store = None if _is_offline() else connect(uri, options.experiment, given)
         chosen = {name: run_params.get(name) for name in ("pipeline_names", *_FILTERS)}
         try:
-            data = folder_id(folder)
+            data, shared = folder_id(folder), shared_run(folder, os.environ)
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}), so make room there or correct its permissions.") from error
-        self._name = options.run.name or _run_name(run_params)
+        self._name = options.run.name or _run_name(run_params, shared)
+        key = [data, shared] if shared else [self._name, chosen, env, parameters, data]
         begun = {
             "open": self._name,
-            "key": fingerprint(options.experiment.name, self._name, chosen, env, parameters, data),
+            "key": fingerprint(options.experiment.name, *key),
+            "shared": bool(shared),
             "given": given,
             "process": this_process(),
             "time": milliseconds(),
-            "tags": {name: str(value) for name, value in run_params.items() if value} | _provenance(root, env),
+            "tags": {name: str(value) for name, value in run_params.items() if value}
+            | _provenance(root, env)
+            | ({"pipeline_id": shared} if shared else {}),
         }
         self.recorder = tracking.recorder = tracking.Recorder(Journal(folder, begun))
         self._sender = Sender(self.recorder.journal, self._store) if self._store else None
@@ -395,19 +412,19 @@ def _short(path: Path) -> str:
 class DvcHook:
     """Writes ``dvc.lock`` after a full run with the base configuration, so that ``dvc repro`` then has nothing to do.
 
-    Left out where DVC itself started the run, outside a git or DVC checkout, and for a run that dvc.yaml does not describe: another
-    environment, a configuration from elsewhere or with local overrides, extra parameters, a part of the pipeline, or code and
-    configuration that changed while it ran.
+    Left out where DVC itself started the run, outside a git or DVC checkout, and for a run that no dvc.yaml describes: an environment that
+    `kedro repro` has not made one for, a configuration from elsewhere or with local overrides, extra parameters, a part of the pipeline,
+    or code and configuration that changed while it ran.
     """
 
     def __init__(self) -> None:
-        self._conf_source: Path | None = None
+        self._loader: AbstractConfigLoader | None = None
         self._began_with: list[tuple[str, int, int]] = []
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
         """Remember where the configuration comes from."""
-        self._conf_source = Path(context.config_loader.conf_source)
+        self._loader = context.config_loader
 
     @hook_impl
     def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
@@ -416,9 +433,14 @@ class DvcHook:
 
     @hook_impl(trylast=True)
     def after_pipeline_run(self, run_params: dict[str, Any]) -> None:
-        """Run ``dvc commit``; a failure is a warning, since the results themselves are safe."""
+        """Run ``dvc commit``. A failure is a warning, since the results themselves are safe."""
         root = Path(run_params["project_path"])
-        if not _described_by_dvc(run_params, root) or self._conf_source != root / "conf":
+        loader = self._loader
+        if (
+            not _described_by_dvc(run_params, root)
+            or not isinstance(loader, ProjectConfigLoader)
+            or Path(loader.conf_source) != root / "conf"
+        ):
             return
         if self._began_with != _sources(root):
             logger.warning(
@@ -428,16 +450,18 @@ class DvcHook:
         dvc = shutil.which("dvc", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
         if dvc is None:
             return
-        done = subprocess.run([dvc, "commit", "--force", "--quiet"], cwd=root, capture_output=True, text=True)
+        file = write_stages(root, loader).relative_to(root)
+        done = subprocess.run([dvc, "commit", "--force", "--quiet", str(file)], cwd=root, capture_output=True, text=True)
         if done.returncode:
             logger.warning("dvc.lock was not updated: %s", done.stderr.strip().splitlines()[-1:] or done.returncode)
         else:
-            logger.info("dvc.lock updated: `dvc repro` has nothing to do until code, data or parameters change.")
+            again = "dvc repro" if file.parent == Path() else f"kedro repro --env {run_params['env']}"
+            logger.info("%s updated: `%s` has nothing to do until code, data or parameters change.", file.with_name("dvc.lock"), again)
 
 
 def _sources(root: Path) -> list[tuple[str, int, int]]:
     """Path, time and size of everything that dvc.yaml's code and parameter dependencies can name."""
-    files = [*(root / "src").rglob("*.py"), *(root / "conf" / "base").glob("*"), root / "dvc.yaml"]
+    files = [*(root / "src").rglob("*.py"), *(root / "conf").rglob("*.yml"), root / "dvc.yaml"]
     return sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
 
 
@@ -447,7 +471,7 @@ def _described_by_dvc(run_params: dict[str, Any], root: Path) -> bool:
     overridden = local and any(file.suffix in (".yml", ".yaml", ".json") for file in (root / "conf" / "local").rglob("*"))
     return (
         whole
-        and run_params["env"] in (None, "base", "local")
+        and stages_file(root, run_params["env"]).is_file()
         and not overridden
         and not any(run_params.get(name) for name in (*_FILTERS, "runtime_params"))
         and "DVC_ROOT" not in os.environ
@@ -455,11 +479,15 @@ def _described_by_dvc(run_params: dict[str, Any], root: Path) -> bool:
     )
 
 
-def _run_name(run_params: dict[str, Any]) -> str:
-    """Such as ``full_distill``, ``tscd tscd_k2 (smoke)``: pipelines, namespaces, and the environment unless it is the default."""
+def _run_name(run_params: dict[str, Any], shared: str | None) -> str:
+    """Such as ``full_distill``, ``tscd tscd_k2 (smoke)``: pipelines, namespaces, and the environment unless it is the default.
+
+    A run that several commands share is called by its id.
+    """
     names = [name.replace("__default__", "full_distill") for name in run_params["pipeline_names"] or ["__default__"]]
     env = run_params["env"]
-    return " ".join([*names, *(run_params["namespaces"] or ()), *([f"({env})"] if env not in (None, "local", "base") else [])])
+    own = [shared] if shared else [*names, *(run_params["namespaces"] or ())]
+    return " ".join([*own, *([f"({env})"] if env not in (None, "local", "base") else [])])
 
 
 def _git(root: Path, *arguments: str) -> str | None:

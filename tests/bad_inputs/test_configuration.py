@@ -45,7 +45,7 @@ def loader(conf: Path, params: dict[str, Any] | None = None, env: str | None = N
 def base(project: None) -> ProjectConfigLoader:
     """The project's own configuration, read once."""
     read = loader(ROOT / "conf")
-    assert read._parameters_with_likes and read._parameter_files
+    assert read._parameters_with_likes and read.parameter_files
     return read
 
 
@@ -53,7 +53,7 @@ def with_params(base: ProjectConfigLoader, params: dict[str, Any]) -> ProjectCon
     """A loader of the project's configuration and ``--params`` that does not read the files again."""
     mine = loader(ROOT / "conf", params)
     mine.__dict__["_parameters_with_likes"] = config_loader._merged(base._parameters_with_likes, params)
-    mine.__dict__["_parameter_files"] = base._parameter_files
+    mine.__dict__["parameter_files"] = base.parameter_files
     return mine
 
 

@@ -53,6 +53,30 @@ def folder_id(folder: Path) -> str:
         return path.read_text()
 
 
+def shared_run(folder: Path, environment: Mapping[str, str]) -> str | None:
+    """The id of the MLflow run that several commands record into, one for each stage. None for a command with a run of its own.
+
+    ``HYPERSD_PIPELINE_ID`` gives it. The stages of one DVC experiment have its name, and those of ``dvc repro`` share a file in the data
+    folder, on whichever machine they run, until `end_shared_run` removes it.
+    """
+    if given := environment.get("HYPERSD_PIPELINE_ID"):
+        return given
+    if "DVC_STAGE" not in environment:
+        return None
+    if name := environment.get("DVC_EXP_NAME"):
+        return f"dvc-exp-{name}"
+    path = folder / "pipeline"
+    with lock(folder / "id.lock", f"Naming the runs of {folder}", seconds=10):
+        if not path.exists():
+            path.write_text(f"dvc-{uuid.uuid4().hex[:12]}")
+        return path.read_text()
+
+
+def end_shared_run(folder: Path) -> None:
+    """The last stage is done: the next ``dvc repro`` begins another run."""
+    (folder / "pipeline").unlink(missing_ok=True)
+
+
 class Journal:
     """The journal of this process's run. Nothing it does raises, and each entry is in the file when `write` returns.
 

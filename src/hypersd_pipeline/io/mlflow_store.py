@@ -178,7 +178,9 @@ class Store:
         return f"run `mlflow server --backend-store-uri {uri}` and see http://127.0.0.1:5000{place}"
 
     def parent(self, begun: Mapping[str, Any], patient: bool) -> str:
-        """The run of a pipeline run: the one that was given, the unfinished one of the same key, or a new one.
+        """The run of a pipeline run: the one that was given, the one of the same key, or a new one.
+
+        A key that commands share keeps its run, whatever they did to it. Otherwise a finished run is left alone.
 
         Args:
             begun: the first entry of a journal.
@@ -207,6 +209,8 @@ class Store:
         newest = self.client.search_runs(
             [self.experiment], f"tags.{KEY_TAG} = '{begun['key']}'", order_by=["attributes.start_time DESC"], max_results=1
         )
+        if newest and begun.get("shared"):
+            return newest[0].info.run_id
         if not newest or newest[0].info.status == "FINISHED":
             return None
         run = newest[0]
