@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import click
 import mlflow
 from kedro.config import AbstractConfigLoader, MissingConfigException
 from kedro.framework.context import KedroContext
@@ -25,6 +27,7 @@ from kedro_mlflow.config.kedro_mlflow_config import KedroMlflowConfig
 from pydantic import BaseModel, ValidationError
 
 from hypersd_pipeline import checks
+from hypersd_pipeline.cluster import ClusterConfig, in_job, read_cluster, submit
 from hypersd_pipeline.config_loader import ProjectConfigLoader
 from hypersd_pipeline.dvc_stages import stages_file, write_stages
 from hypersd_pipeline.errors import UserError
@@ -74,6 +77,32 @@ class ChecksHook:
         checks.check_inputs(pipeline, catalog, run_params["env"])
         checks.check_starts(pipeline, catalog)
         checks.check_models(pipeline, catalog)
+
+
+class ClusterHook:
+    """Runs a checked `kedro run` as a job of the cluster that cluster.yml names, and ends this process as the job ends."""
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Read cluster.yml. Raises UserError for a key or value that it cannot have."""
+        try:
+            self._config = read_cluster(context.config_loader["cluster"])
+        except MissingConfigException:
+            self._config = ClusterConfig(scheduler=None)
+        self._folder, self._root = _data_folder(context, "08_reporting/jobs"), Path(context.project_path)
+        self._compute = context.params.get("compute") or {}
+
+    @hook_impl
+    def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
+        """Submit. Left out inside a job, and for a run that Python code started."""
+        command = click.get_current_context(silent=True)
+        if self._config.scheduler is None or in_job(os.environ) or command is None or command.info_name != "run":
+            return
+        stage = os.environ.get("DVC_STAGE", "").rpartition(":")[2]
+        names = run_params["pipeline_names"] or ["full_distill"]
+        log = self._folder / f"{datetime.now():%Y%m%d-%H%M%S}-{stage or '-'.join(names)}.log"
+        job, nodes = self._config.job_of(stage or None, names), int(self._compute.get("nodes", 1))
+        raise click.exceptions.Exit(submit(job, nodes, sys.argv[1:], run_params["env"], self._root, log))
 
 
 class OrderHook:

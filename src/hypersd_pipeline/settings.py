@@ -7,7 +7,7 @@ from kedro.utils import find_kedro_project
 from omegaconf.resolvers import oc
 
 from hypersd_pipeline.config_loader import ProjectConfigLoader
-from hypersd_pipeline.hooks import ChecksHook, DvcHook, LockHook, LogHook, OrderHook, ResultsHook, TrackingHook
+from hypersd_pipeline.hooks import ChecksHook, ClusterHook, DvcHook, LockHook, LogHook, OrderHook, ResultsHook, TrackingHook
 
 
 def project_root() -> Path:
@@ -27,8 +27,8 @@ def mlflow_artifacts() -> str | None:
     return os.environ.get("MLFLOW_ARTIFACT_LOCATION") or beside
 
 
-# The last registered hook is called first: checks come before anything is recorded.
-HOOKS = (ResultsHook(), DvcHook(), TrackingHook(), LockHook(), LogHook(), OrderHook(), ChecksHook())
+# The last registered hook is called first: checks come before a job is submitted, and before anything is recorded.
+HOOKS = (ResultsHook(), DvcHook(), TrackingHook(), LockHook(), LogHook(), OrderHook(), ClusterHook(), ChecksHook())
 # TrackingHook takes the place of kedro-mlflow's hook.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow", "kedro-telemetry")
 
@@ -37,7 +37,7 @@ CONFIG_LOADER_CLASS = ProjectConfigLoader
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
     "default_run_env": "local",
-    "config_patterns": {"mlflow": ["mlflow*", "mlflow*/**", "**/mlflow*"]},
+    "config_patterns": {"mlflow": ["mlflow*", "mlflow*/**", "**/mlflow*"], "cluster": ["cluster*"]},
     # An environment overrides single values, not whole top-level keys.
     "merge_strategy": {"parameters": "soft"},
     "custom_resolvers": {"oc.env": oc.env, "mlflow_uri": mlflow_uri, "mlflow_artifacts": mlflow_artifacts},

@@ -42,22 +42,39 @@ class ComputeConfig(Strict):
 
     Attributes:
         processes: on each machine. ``auto``: one for each GPU, and one on a machine without.
-        nodes: machines. rendezvous: ``host:port`` of one of them, where they find each other. Needed for more than one.
+        nodes: machines. rendezvous: ``host:port`` of one of them, where they find each other. Needed for more than one. ``job``: the first
+            machine of the cluster's job that this process belongs to.
         max_restarts: how often the processes are started again from the last checkpoint after one of them has died.
         gradients: the type in which gradients are sent. ``bf16`` halves the bytes and rounds.
     """
 
     processes: Literal["auto"] | Count
     nodes: Count = 1
-    rendezvous: Annotated[str, Field(pattern=r"^[^:\s]+:\d+$")] | None = None
+    rendezvous: Literal["job"] | Annotated[str, Field(pattern=r"^[^:\s]+:\d+$")] | None = None
     max_restarts: int = Field(default=3, ge=0, le=1000)
     gradients: Literal["float32", "bf16"] = "float32"
 
     @model_validator(mode="after")
     def _findable(self) -> ComputeConfig:
         if self.nodes > 1 and self.rendezvous is None:
-            raise ValueError(f"nodes is {self.nodes}, and they need a place to find each other: set rendezvous to host:port of one of them")
+            raise ValueError(
+                f"nodes is {self.nodes}, and they need a place to find each other: set rendezvous to host:port of one of them, or to job"
+            )
         return self
+
+    @property
+    def endpoint(self) -> str | None:
+        """``host:port`` where the machines find each other.
+
+        Raises:
+            UserError: it is that of a job, and this is none.
+        """
+        if self.rendezvous != "job":
+            return self.rendezvous
+        found = os.environ.get("HYPERSD_RENDEZVOUS")
+        if found is None:
+            raise UserError("compute.rendezvous is job, but this is no job of a cluster, so set it to host:port or compute.nodes to 1.")
+        return found
 
     @property
     def here(self) -> int:
@@ -95,8 +112,8 @@ def start(module: str, folder: Path, compute: ComputeConfig) -> bool:
         nproc_per_node=compute.here,
         run_id=folder.name,
         rdzv_backend="c10d",
-        rdzv_endpoint=compute.rendezvous or "localhost:0",
-        local_addr=None if compute.rendezvous else "localhost",
+        rdzv_endpoint=compute.endpoint or "localhost:0",
+        local_addr=None if compute.endpoint else "localhost",
         max_restarts=compute.max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
     )
