@@ -90,7 +90,7 @@ class ClusterHook:
         except MissingConfigException:
             self._config = ClusterConfig(scheduler=None)
         self._folder, self._root = _data_folder(context, "08_reporting/jobs"), Path(context.project_path)
-        self._compute = context.params.get("compute") or {}
+        self._nodes = int(dict(context.params.get("compute") or {}).get("nodes", 1))  # a model, or a plain mapping
 
     @hook_impl
     def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
@@ -101,8 +101,8 @@ class ClusterHook:
         stage = os.environ.get("DVC_STAGE", "").rpartition(":")[2]
         names = run_params["pipeline_names"] or ["full_distill"]
         log = self._folder / f"{datetime.now():%Y%m%d-%H%M%S}-{stage or '-'.join(names)}.log"
-        job, nodes = self._config.job_of(stage or None, names), int(self._compute.get("nodes", 1))
-        raise click.exceptions.Exit(submit(job, nodes, sys.argv[1:], run_params["env"], self._root, log))
+        job = self._config.job_of(stage or None, names)
+        raise click.exceptions.Exit(submit(job, self._nodes, sys.argv[1:], run_params["env"], self._root, log))
 
 
 class OrderHook:
