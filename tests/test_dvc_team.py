@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from mlflow import MlflowClient
-from moto.server import ThreadedMotoServer
-from servers import environment_of
+from servers import bucket, environment_of
 
 ROOT = Path(__file__).parents[1]
 SECRET = "a-secret-of-the-bucket"
@@ -33,27 +32,10 @@ def stage(name: str, before: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def bucket() -> Iterator[dict[str, str]]:
-    """The environment that reaches a bucket ``models`` on an S3 server of this process."""
-    import boto3
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    given = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
-    boto3.client(
-        "s3", endpoint_url=address, aws_access_key_id="someone", aws_secret_access_key=SECRET, region_name="us-east-1"
-    ).create_bucket(Bucket="models")
-    yield {**given, "AWS_ENDPOINT_URL": address}
-    server.stop()
-
-
-@pytest.fixture
-def run(bucket: dict[str, str]) -> Run:
+def run() -> Iterator[Run]:
     """``run(folder, "dvc", ...)``: what the command of this installation prints. It has to end well."""
     scripts = Path(sys.executable).parent
-    environment = environment_of(**bucket, PATH=f"{scripts}{os.pathsep}{os.environ['PATH']}", GIT_CONFIG_GLOBAL=os.devnull)
+    environment = environment_of(PATH=f"{scripts}{os.pathsep}{os.environ['PATH']}", GIT_CONFIG_GLOBAL=os.devnull)
     environment |= {f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
     def call(folder: Path, *command: str) -> str:
@@ -61,7 +43,9 @@ def run(bucket: dict[str, str]) -> Run:
         assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done.stdout
 
-    return call
+    with bucket("models", SECRET) as reached:
+        environment |= reached
+        yield call
 
 
 @pytest.fixture

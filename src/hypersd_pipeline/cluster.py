@@ -90,7 +90,7 @@ class ClusterConfig(Strict):
         job: of each run. stages: what differs for a stage of dvc.yaml, or for a pipeline.
     """
 
-    scheduler: Literal["slurm"] | None
+    scheduler: Literal["slurm"] | None = None
     job: JobConfig = JobConfig()
     stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -146,7 +146,7 @@ def submit(config: JobConfig, nodes: int, arguments: Sequence[str], env: str | N
     """
     sbatch = shutil.which("sbatch")
     if sbatch is None:
-        raise UserError("cluster.yml: scheduler is slurm, but sbatch is not found; run this on a login node, or set scheduler: null.")
+        raise UserError("cluster.yml: scheduler is slurm, but sbatch is not found; run this on a login node, or remove that line.")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     command = [sbatch, "--parsable", *_options(config, nodes, log)]

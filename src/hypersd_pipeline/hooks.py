@@ -88,7 +88,7 @@ class ClusterHook:
         try:
             self._config = read_cluster(context.config_loader["cluster"])
         except MissingConfigException:
-            self._config = ClusterConfig(scheduler=None)
+            self._config = ClusterConfig()
         self._folder, self._root = _data_folder(context, "08_reporting/jobs"), Path(context.project_path)
         self._nodes = int(dict(context.params.get("compute") or {}).get("nodes", 1))  # a model, or a plain mapping
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import psutil
 from mlflow import MlflowClient
@@ -83,6 +84,40 @@ def _make(path: Path) -> None:
         os.fsync(file.fileno())
     os.replace(made, path)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+_LOCATIONS = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("source", "storage_location"),
+}
+"""Columns of MLflow's tables that name folders of artifacts, with their full path."""
+
+
+def follow_moved_project(uri: str) -> None:
+    """Let a sqlite file name the artifacts beside it, where it names those of the folder that the project was moved or copied from.
+
+    MLflow stores full paths. Another location than ``mlartifacts`` beside a database was chosen by somebody and is left alone.
+    """
+    path = sqlite_file(uri)
+    here = path.absolute().with_name("mlartifacts") if path else None
+    if path is None or here is None or not path.is_file() or not here.is_dir():
+        return
+    with contextlib.closing(sqlite3.connect(path, timeout=_LOCKED_SECONDS)) as database, database:
+        for (location,) in database.execute("select distinct artifact_location from experiments").fetchall():
+            before, found, _ = (location or "").partition("/mlartifacts")
+            there = Path(unquote(before.removeprefix("file://"))) / "mlartifacts"
+            others = not there.exists() or there.with_name(path.name).is_file()
+            if not found or "://" in before.removeprefix("file://") or there == here or not others:
+                continue
+            new = here.as_uri() if before.startswith("file://") else str(here)
+            old = before + found
+            log.info("%s: artifacts are now those of %s.", path, here)
+            for table, columns in _LOCATIONS.items():
+                for column in columns:
+                    change = f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or substr({column}, 1, ?) = ?"
+                    database.execute(change, (new, len(old) + 1, old, len(old) + 1, f"{old}/"))
 
 
 def _state(path: Path) -> str:
@@ -284,6 +319,7 @@ def connect(uri: str, experiment: Any, given: str | None = None, seconds: float 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it prints the address with its password
     make_database(uri)
+    follow_moved_project(uri)
     found: list[Store | Exception] = []
 
     def reach() -> None:
