@@ -17,6 +17,7 @@ from hypersd_pipeline.data.trajectories import NoisePairs, noise_pairs_key, read
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.files import content_hashes
 from hypersd_pipeline.models.adapters import AdaptedBackbone
+from hypersd_pipeline.models.backbones import Backbone
 from hypersd_pipeline.models.lora import LoRA, lora_key
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.training import distributed
@@ -50,6 +51,12 @@ def load_for(config: StageConfig, teacher: TeacherConfig, latents: LatentCache, 
     latents.require_teacher(model)
     config.check(model.process)
     return model
+
+
+def hold_frozen(backbone: Backbone, config: StageConfig) -> None:
+    """Hold the frozen network in the dtype that the stage computes in, before adapters are put on it and after all merging."""
+    if config.loop.mixed_precision == "bf16":
+        backbone.hold_in(torch.bfloat16)
 
 
 def context_of(

@@ -67,6 +67,24 @@ class Backbone(ABC):
     def __init__(self, module: Any) -> None:
         self.module: Any = module
         self.dtype: torch.dtype = next(p.dtype for name, p in module.named_parameters() if ".lora_" not in name)
+        exact(*self.exact_modules())
+
+    def exact_modules(self) -> Sequence[nn.Module]:
+        """Convolutions and group normalisations that compute in float32, whatever the rest does (see `exact`)."""
+        return ()
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """From now on hold the weights in another dtype, in which autocast computes. Then no pass has to cast them.
+
+        Normalisations stay in float32, and so do `exact_modules`: autocast computes the former in float32 on a GPU. Whatever is to be
+        merged into the weights is merged before: bfloat16 would round it away.
+        """
+        kept = {id(module) for module in self.exact_modules()}
+        for module in self.module.modules():
+            if id(module) not in kept and not isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        self.dtype = dtype
 
     @abstractmethod
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
