@@ -70,6 +70,7 @@ class TrajectoryBatch:
         x_tn: ``[b, c, h, w]``. times: its four timesteps. guidance: of the teacher's step ``[b, 1, 1, 1]``.
         cond, uncond: of the batch. ``uncond`` is None where the solver has its guidance baked in.
         real: the data at ``t_end``, with the same noise, where a discriminator takes them for real.
+        steps: of the solver's own further way, where it makes the target.
     """
 
     x_tn: Tensor
@@ -78,6 +79,7 @@ class TrajectoryBatch:
     cond: Conditioning
     uncond: Conditioning | None
     real: Tensor | None = None
+    steps: int = 0
 
 
 class Trajectory:
@@ -117,7 +119,8 @@ class Trajectory:
         x0, z = x0.to(device), z.to(device)
         x_tn = consistency.noisy_input(x0, z, times.t_n, self.process, pure_noise=config.pure_noise)
         real = self.process.add_noise(x0, z, times.t_end) if self.with_data else None
-        return TrajectoryBatch(x_tn, times, guidance, cond.to(device), uncond, real)
+        steps = consistency.longest_way(drawn, self.grid) if config.target == "solver" else 0
+        return TrajectoryBatch(x_tn, times, guidance, cond.to(device), uncond, real, steps)
 
     def predict(self, batch: TrajectoryBatch, generator: torch.Generator) -> Prediction:
         """See `Rollout`. Order: teacher, target network, student."""
@@ -147,7 +150,8 @@ class Trajectory:
         else:
             xhat = consistency.solver_step(solver, batch.x_tn, batch.times, batch.cond)
         if self.config.target == "solver":
-            return consistency.solver_target(solver, xhat, batch.times, batch.cond, grid=self.grid.to(xhat.device)), features
+            grid = self.grid.to(xhat.device)
+            return consistency.solver_target(solver, xhat, batch.times, batch.cond, grid=grid, steps=batch.steps), features
         return consistency.consistency_target(self.target_network, xhat, batch.times, batch.cond), features
 
 

@@ -77,10 +77,11 @@ class Matching:
         loss = dmd.matching_loss(view.sample[some], gradient)
         silent = (gradient == 0).flatten(1).all(dim=1).float().mean()  # where a prediction was not finite
         scalars = {"critic": learned, "matching": gradient.square().mean().sqrt(), "matching_silent": silent}
-        return loss, {**scalars, "critic_skipped": torch.tensor(float(self.critic.skipped))}
+        return loss, {**scalars, "critic_skipped": self.critic.steps.count(loss.device)}
 
     def watch(self, values: Mapping[str, float], step: int) -> None:
-        """Warn where more than half of the samples have no gradient: their predictions were not finite."""
+        """Warn where more than half of the samples have no gradient: their predictions were not finite. The critic warns by itself."""
+        self.critic.read()
         if values.get("matching_silent", 0.0) > 0.5:
             log.warning(
                 "Step %d: teacher or critic gave predictions that are not finite for %.0f %% of the samples, so that matching does not "
