@@ -99,7 +99,7 @@ def solver_target(teacher: Denoiser, xhat: Tensor, times: Timesteps, cond: Condi
 
 
 def longest_way(times: Timesteps, grid: Tensor) -> int:
-    """Grid steps from ``t_prev`` to ``t_end``, of the sample that has the most. Asked while the times are on the CPU, where they are drawn."""
+    """Grid steps from ``t_prev`` to ``t_end``, of the sample that has the most. Asked of times on the CPU, where they are drawn."""
     return int((torch.searchsorted(grid, times.t_prev) - torch.searchsorted(grid, times.t_end)).max())
 
 

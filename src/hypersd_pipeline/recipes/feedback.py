@@ -66,6 +66,7 @@ def train_feedback(
         weights,
         by_first(outputs.metrics),
         last=stage.loop.steps,
+        scores=lambda: of_first(lambda: probe.held_out.cpu()),
     )
     report = run_stage(
         "feedback",

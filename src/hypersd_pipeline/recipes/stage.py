@@ -149,6 +149,7 @@ def run_stage(
         after_update=after_update,
         companions=stage.companions(),
         watch=stage.watch,
+        will_log=stage.observe,
         constants=_forward_cost(stage, context, accelerator),
         finished=finished,
     )

@@ -252,6 +252,7 @@ def train(
     after_update: Callable[[], None] = lambda: None,
     companions: Mapping[str, torch.optim.Optimizer] | None = None,
     watch: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
+    will_log: Callable[[bool], None] = lambda due: None,
     constants: Mapping[str, float] | None = None,
     finished: Callable[[int], bool] = lambda step: False,
 ) -> dict[str, float]:
@@ -277,6 +278,7 @@ def train(
         companions: optimisers of opponents (a discriminator), whose gradients ``loss_fn`` leaves in their parameters. They step with the
             main one: all of them, or none when any gradient is not finite.
         watch: called with the logged values and the step, for alarms.
+        will_log: told before each update whether its values are logged, for what is measured only then.
         constants: metrics that are known before the training and belong into its report.
         finished: asked with the number of updates done, before each one and after the last, whether to end here. What it remembers belongs
             into ``state``.
@@ -302,6 +304,7 @@ def train(
         while not finished(step) and step < config.steps:
             rate = run.set_learning_rate(step)
             scalars: Mapping[str, Tensor] = {}
+            will_log(meter.is_due(step + 1))
             for _ in distributed.passes(run.generator, config.accumulate):
                 with accelerator.autocast():
                     loss, scalars = loss_fn(run.generator)

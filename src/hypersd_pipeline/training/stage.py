@@ -31,8 +31,13 @@ from hypersd_pipeline.training.terms import (
 from hypersd_pipeline.training.terms.adversarial import ADAPTER, Adversary
 from hypersd_pipeline.training.terms.base import Place
 from hypersd_pipeline.training.terms.matching import Matching
+from hypersd_pipeline.training.terms.perceptual import Perceptual
+from hypersd_pipeline.training.terms.reward import RewardTerm
 
 Weighted = tuple[float, Term]
+
+OF_IMAGES = (RewardTerm, Perceptual)
+"""Terms whose gradient comes back through the decoder."""
 
 
 @dataclass
@@ -47,11 +52,18 @@ class Stage:
         parts: rollouts, each with the terms that judge its prediction.
         decode: clean latents to images, for terms that ask for them.
         ready: called before a pass ends: what makes the student's network compute as it did, for gradient checkpointing.
+        observed: whether the scalars hold the norm of each term's gradient at the prediction, with its weight: ``gradient_<term>``. Terms
+            that see images have one norm together, ``gradient_images``, which costs no further way back through the decoder.
     """
 
     parts: Sequence[tuple[Rollout, Sequence[Weighted]]]
     decode: Callable[[Tensor], Tensor] | None = None
     ready: Callable[[], None] = field(default=lambda: None)
+    observed: bool = False
+
+    def observe(self, observed: bool) -> None:
+        """Whether the next passes measure the norms of the terms' gradients. They change nothing else."""
+        self.observed = observed
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, Scalars]:
         """The loss, whose gradient reaches the student only, and detached scalars to log."""
@@ -82,21 +94,32 @@ class Stage:
         """The terms' weighted sum and its gradient at the prediction; a discriminator's is weighed against that of all others."""
         leaf = view.sample
         value, weighed = torch.zeros((), device=leaf.device), False
+        known: dict[str, Tensor] = {}
         for weight, term in terms:
             if not isinstance(term, Adversary):
                 loss, more = term(view, generator)
                 value, weighed = value + weight * loss, True
                 scalars.update(more)
+                if self.observed and not isinstance(term, OF_IMAGES):
+                    known[type(term).__name__.lower()] = torch.autograd.grad(weight * loss, leaf, retain_graph=True)[0]
         gradient = torch.autograd.grad(value, leaf)[0] if weighed else torch.zeros_like(leaf)
+        if any(isinstance(term, OF_IMAGES) for _, term in terms) and self.observed:
+            known["images"] = gradient - sum(known.values())
         for weight, term in terms:
             if isinstance(term, Adversary):
                 loss, more = term(view, generator)
                 (toward,) = torch.autograd.grad(loss, leaf)
-                gradient = gradient + weight * term.heard * (
-                    balanced(toward, gradient, distributed.norm, cap=term.config.balance_cap) if term.config.balance else toward
+                share = (
+                    weight
+                    * term.heard
+                    * (balanced(toward, gradient, distributed.norm, cap=term.config.balance_cap) if term.config.balance else toward)
                 )
+                gradient = gradient + share
+                known["adversarial"] = share
                 value = value + weight * loss
                 scalars.update(more)
+        if self.observed:
+            scalars.update({f"gradient_{name}": part.norm() for name, part in known.items()})
         return value.detach(), gradient
 
     @property
