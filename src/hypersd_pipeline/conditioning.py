@@ -38,6 +38,10 @@ class Conditioning:
         """As ``Tensor.to``, on every part."""
         return self._map(lambda x: x.to(*args, **kwargs))
 
+    def pin_memory(self) -> Conditioning:
+        """As ``Tensor.pin_memory``, on every part that is on the CPU."""
+        return self._map(lambda x: x.pin_memory() if x.device.type == "cpu" else x)
+
     def expand(self, n: int) -> Conditioning:
         """Repeat a batch of one ``n`` times, without copying."""
         if len(self) != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,23 +137,27 @@ def run_stage(
         The loop's report, with the cost of a step in forward passes (`with_cost`).
     """
     stage = build_stage(shared(config), context, ready)
-    report = train(
-        name,
-        parameters=parameters,
-        loss_fn=stage,
-        config=config.loop,
-        state={**state, **stage.state()},
-        key=identity,
-        checkpoints=outputs.checkpoints,
-        metrics=outputs.metrics,
-        accelerator=accelerator,
-        after_update=after_update,
-        companions=stage.companions(),
-        watch=stage.watch,
-        will_log=stage.observe,
-        constants=_forward_cost(stage, context, accelerator),
-        finished=finished,
-    )
+    on_gpu = context.device.type == "cuda"
+    ahead = stage.drawing_ahead(context.device) if config.loop.prefetch or (config.loop.prefetch is None and on_gpu) else nullcontext()
+    constants = _forward_cost(stage, context, accelerator)
+    with ahead:
+        report = train(
+            name,
+            parameters=parameters,
+            loss_fn=stage,
+            config=config.loop,
+            state={**state, **stage.state()},
+            key=identity,
+            checkpoints=outputs.checkpoints,
+            metrics=outputs.metrics,
+            accelerator=accelerator,
+            after_update=after_update,
+            companions=stage.companions(),
+            watch=stage.watch,
+            will_log=stage.observe,
+            constants=constants,
+            finished=finished,
+        )
     return with_cost(report, config, full=full)
 
 

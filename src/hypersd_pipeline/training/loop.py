@@ -61,6 +61,7 @@ class LoopConfig(Strict):
         max_grad_norm: clipping. betas, weight_decay: AdamW's.
         mixed_precision: ``no`` or ``bf16`` (autocast; LoRA gradients in fp16 would need loss scaling, so it is not offered).
         conv_precision: how a CPU with bf16 instructions multiplies inside float32 convolutions. Everything around them stays float32.
+        prefetch: read and draw the next pass's batches while a pass is computed. The draws are the same. None: on a GPU.
         log_every, checkpoint_every: in updates.
         seed: of every random draw of the stage.
         new_rate_from_here: continue from a checkpoint that was made with another learning rate, schedule or warm-up.
@@ -80,6 +81,7 @@ class LoopConfig(Strict):
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
     mixed_precision: Literal["no", "bf16"] = "no"
     conv_precision: Literal["fp32", "bf16"] = "fp32"
+    prefetch: bool | None = None
     log_every: Count = 10
     checkpoint_every: Count = 100
     seed: Seed = 0
@@ -102,9 +104,8 @@ class LoopConfig(Strict):
 
     def identity(self) -> dict[str, Any]:
         """What the trained weights depend on: a checkpoint stays good when only the logging changes."""
-        return self.model_dump(
-            mode="json", exclude={"log_every", "checkpoint_every", "max_bad_steps", "max_rollbacks", "new_rate_from_here"}
-        )
+        free = {"prefetch", "log_every", "checkpoint_every", "max_bad_steps", "max_rollbacks", "new_rate_from_here"}
+        return self.model_dump(mode="json", exclude=free)
 
 
 class TrainingStopped(RuntimeError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from pydantic import model_validator
@@ -24,6 +24,8 @@ from hypersd_pipeline.perception.protocol import Instances
 from hypersd_pipeline.training.terms.base import Context, Prediction
 from hypersd_pipeline.training.terms.consistency import ConsistencyConfig
 from hypersd_pipeline.training.terms.perceptual import PerceptualConfig
+
+Movable = TypeVar("Movable", Tensor, Conditioning)
 
 
 class SampleConfig(Strict):
@@ -110,17 +112,17 @@ class Trajectory:
         picks = randint(0, len(data), (self.batch,), generator)
         x0 = data.sample(picks, generator)
         cond = data.conditioning(picks, generator)
-        uncond = data.unconditional(self.batch, cond.sizes).to(device) if config.teacher == "base" else None
+        uncond = moved(data.unconditional(self.batch, cond.sizes), device) if config.teacher == "base" else None
         z = consistency.offset_noise(tuple(x0.shape), config.offset_noise, generator)
         drawn = consistency.sample_timesteps(self.batch, self.grid, self.bounds, generator, starts=config.starts, ends=config.ends)
-        times = consistency.Timesteps(*(t.to(device) for t in (drawn.t_n, drawn.t_prev, drawn.t_b, drawn.t_end)))
+        times = consistency.Timesteps(*(moved(t, device) for t in (drawn.t_n, drawn.t_prev, drawn.t_b, drawn.t_end)))
         low, high = config.guidance
-        guidance = (low + (high - low) * rand((self.batch,), generator)).to(device).view(-1, 1, 1, 1)
-        x0, z = x0.to(device), z.to(device)
+        guidance = (low + (high - low) * rand((self.batch,), generator)).view(-1, 1, 1, 1)
+        x0, z, guidance = moved(x0, device), moved(z, device), moved(guidance, device)
         x_tn = consistency.noisy_input(x0, z, times.t_n, self.process, pure_noise=config.pure_noise)
         real = self.process.add_noise(x0, z, times.t_end) if self.with_data else None
         steps = consistency.longest_way(drawn, self.grid) if config.target == "solver" else 0
-        return TrajectoryBatch(x_tn, times, guidance, cond.to(device), uncond, real, steps)
+        return TrajectoryBatch(x_tn, times, guidance, moved(cond, device), uncond, real, steps)
 
     def predict(self, batch: TrajectoryBatch, generator: torch.Generator) -> Prediction:
         """See `Rollout`. Order: teacher, target network, student."""
@@ -187,15 +189,15 @@ class Samples:
             z = randn((size, *data.latent_shape), generator)
         else:
             picks = randint(0, len(pairs.rows), (size,), generator)
-            rows, z, target = pairs.rows[picks], pairs.noise[picks], pairs.target[picks].to(device)
+            rows, z, target = pairs.rows[picks], pairs.noise[picks], moved(pairs.target[picks], device)
         cond = data.conditioning(rows)
         return SampleBatch(
-            z.to(device),
-            cond.to(device),
-            data.unconditional(size, cond.sizes).to(device) if self.unconditional else None,
+            moved(z, device),
+            moved(cond, device),
+            moved(data.unconditional(size, cond.sizes), device) if self.unconditional else None,
             data.captions(rows) if self.prompts else (),
             target,
-            data.sample(rows, generator).to(device) if self.real else None,
+            moved(data.sample(rows, generator), device) if self.real else None,
         )
 
     def predict(self, batch: SampleBatch, generator: torch.Generator) -> Prediction:
@@ -245,8 +247,8 @@ class NoisedImages:
         """See `Rollout`."""
         data, device = self.context.data, self.context.device
         picks = self.rows[randint(0, len(self.rows), (self.config.batch,), generator)]
-        clean = data.sample(picks, generator).to(device)
-        return ImageBatch(clean, data.conditioning(picks).to(device), [self.annotated.instances(int(i)) for i in picks])
+        clean = moved(data.sample(picks, generator), device)
+        return ImageBatch(clean, moved(data.conditioning(picks), device), [self.annotated.instances(int(i)) for i in picks])
 
     def predict(self, batch: ImageBatch, generator: torch.Generator) -> Prediction:
         """See `Rollout`."""
@@ -259,6 +261,13 @@ class NoisedImages:
         t = torch.full_like(at, self.timesteps[end])
         sample = student.clean(x_t, self.timesteps[end], batch.cond)
         return Prediction(sample, torch.zeros_like(t), x_t, t, batch.cond, instances=batch.instances)
+
+
+def moved(x: Movable, device: torch.device) -> Movable:
+    """On the device. To a GPU through pinned memory, so that nobody waits for the copy."""
+    if device.type != "cuda" or (isinstance(x, Tensor) and x.device.type != "cpu"):
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def sample_timesteps(config: SampleConfig, student: Denoiser) -> list[int]:

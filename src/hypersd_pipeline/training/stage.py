@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hypersd_pipeline.draws import apart
+from hypersd_pipeline.draws import Draws, apart
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.objectives.adversarial import balanced
 from hypersd_pipeline.training import distributed
@@ -60,6 +63,25 @@ class Stage:
     decode: Callable[[Tensor], Tensor] | None = None
     ready: Callable[[], None] = field(default=lambda: None)
     observed: bool = False
+    _worker: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
+    _ahead: tuple[Draws, Future[list[Any]]] | None = field(default=None, init=False, repr=False)
+    _misses: int = field(default=0, init=False, repr=False)
+
+    @contextmanager
+    def drawing_ahead(self, device: torch.device) -> Iterator[None]:
+        """Inside, the next pass's batches are read and drawn by a thread while a pass is computed. One pass ahead, and no further.
+
+        The stage's generator stays where it would be, so that a checkpoint knows nothing of it. A batch that was drawn ahead is used only
+        where the generator would have drawn the same (`Draws.catch_up`). That fails where terms draw too and an update has one pass, and
+        after two such failures in a row nothing is drawn ahead any more. What goes wrong in the thread is raised by the pass that needs the
+        batch.
+        """
+        ready = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        with ThreadPoolExecutor(1, "draws", initializer=ready) as self._worker:
+            try:
+                yield
+            finally:
+                self._worker = self._ahead = None
 
     def observe(self, observed: bool) -> None:
         """Whether the next passes measure the norms of the terms' gradients. They change nothing else."""
@@ -68,7 +90,7 @@ class Stage:
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, Scalars]:
         """The loss, whose gradient reaches the student only, and detached scalars to log."""
         self._warm_up(generator)
-        batches = [rollout.draw(generator) for rollout, _ in self.parts]
+        batches = self._batches(generator)
         losses: list[Tensor] = []
         scalars: Scalars = {}
         for (rollout, terms), batch in zip(self.parts, batches, strict=True):
@@ -78,6 +100,25 @@ class Stage:
             losses.append(carried(prediction.sample, gradient, value))
         self.ready()
         return torch.stack(losses).sum(), scalars
+
+    def _draw(self, generator: torch.Generator) -> list[Any]:
+        return [rollout.draw(generator) for rollout, _ in self.parts]
+
+    def _batches(self, generator: torch.Generator) -> list[Any]:
+        """This pass's batches. Then the next pass's are drawn in the background, where that is wanted."""
+        if self._worker is None or not isinstance(generator, Draws):
+            return self._draw(generator)
+        batches: list[Any] | None = None
+        if self._ahead is not None:
+            other, future = self._ahead
+            drawn = future.result()
+            batches = drawn if generator.catch_up(other) else None
+            self._ahead, self._misses = None, 0 if batches is not None else self._misses + 1
+        batches = self._draw(generator) if batches is None else batches
+        if self._misses < 2:
+            other = generator.following()
+            self._ahead = (other, self._worker.submit(self._draw, other))
+        return batches
 
     def _warm_up(self, generator: torch.Generator) -> None:
         """Train a critic that is not warm yet on samples of the student as it is. Its count is in the checkpoint."""
