@@ -137,6 +137,10 @@ def train_unet(
         seed=stage.loop.seed,
     )
     backbone = type(model.backbone)(student)
+    if stage.loop.channels_last:
+        backbone.lay_out_channels_last()
+    if stage.loop.compile:
+        backbone.compile()
     for network in (backbone, model.backbone) if stage.gradient_checkpointing else ():
         network.checkpoint_gradients()
     sources, targets = list(student.parameters()), list(average.parameters())

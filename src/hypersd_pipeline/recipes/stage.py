@@ -55,9 +55,11 @@ def load_for(config: StageConfig, teacher: TeacherConfig, latents: LatentCache, 
 
 
 def hold_frozen(backbone: Backbone, config: StageConfig) -> None:
-    """Hold the frozen network in the dtype that the stage computes in, before adapters are put on it and after all merging."""
+    """Hold the frozen network in the dtype and the layout that the stage asks for: before adapters are put on it, and after all merging."""
     if config.loop.mixed_precision == "bf16":
         backbone.hold_in(torch.bfloat16)
+    if config.loop.channels_last:
+        backbone.lay_out_channels_last()
 
 
 def context_of(
@@ -137,6 +139,8 @@ def run_stage(
         The loop's report, with the cost of a step in forward passes (`with_cost`).
     """
     stage = build_stage(shared(config), context, ready)
+    if config.loop.compile:
+        context.adapters.backbone.compile()
     on_gpu = context.device.type == "cuda"
     ahead = stage.drawing_ahead(context.device) if config.loop.prefetch or (config.loop.prefetch is None and on_gpu) else nullcontext()
     constants = _forward_cost(stage, context, accelerator)

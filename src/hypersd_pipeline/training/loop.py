@@ -61,6 +61,8 @@ class LoopConfig(Strict):
         max_grad_norm: clipping. betas, weight_decay: AdamW's.
         mixed_precision: ``no`` or ``bf16`` (autocast; LoRA gradients in fp16 would need loss scaling, so it is not offered).
         conv_precision: how a CPU with bf16 instructions multiplies inside float32 convolutions. Everything around them stays float32.
+        channels_last: layout of the networks' convolutions. A GPU's tensor cores are faster with it in bf16. A CPU is not.
+        compile: whole passes by ``torch.compile``, each adapter by itself. It takes minutes at the start.
         prefetch: read and draw the next pass's batches while a pass is computed. The draws are the same. None: on a GPU.
         log_every, checkpoint_every: in updates.
         seed: of every random draw of the stage.
@@ -81,6 +83,8 @@ class LoopConfig(Strict):
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
     mixed_precision: Literal["no", "bf16"] = "no"
     conv_precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
     prefetch: bool | None = None
     log_every: Count = 10
     checkpoint_every: Count = 100
@@ -103,8 +107,17 @@ class LoopConfig(Strict):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on: a checkpoint stays good when only the logging changes."""
-        free = {"prefetch", "log_every", "checkpoint_every", "max_bad_steps", "max_rollbacks", "new_rate_from_here"}
+        """What the trained weights depend on, but for rounding: a checkpoint stays good when only logging or speed changes."""
+        free = {
+            "channels_last",
+            "compile",
+            "prefetch",
+            "log_every",
+            "checkpoint_every",
+            "max_bad_steps",
+            "max_rollbacks",
+            "new_rate_from_here",
+        }
         return self.model_dump(mode="json", exclude=free)
 
 

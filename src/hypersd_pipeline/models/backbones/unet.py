@@ -42,7 +42,7 @@ class UNetBackbone(Backbone):
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See `Backbone`."""
-        return self.module(x_t.to(self.dtype), t, **call_arguments(self._rounded(cond)), return_dict=False)[0]  # type: ignore[no-any-return]
+        return self.call(x_t.to(self.dtype), t, **call_arguments(self._rounded(cond)), return_dict=False)[0]  # type: ignore[no-any-return]
 
     def _rounded(self, cond: Conditioning) -> Conditioning:
         """In the network's dtype. Sizes stay as they are: bfloat16 would make 1368 of 1365, and their embedding is made in float32."""
