@@ -1,7 +1,11 @@
-"""How often the CPU reads a tensor within an update. On a GPU each such read waits for all that is queued.
+"""How often the CPU reads a tensor within an update, or sends one in a way that waits. On a GPU both wait for all that is queued.
 
-Counted on a CPU, with the fused optimisers that a GPU has. There a fused step is left out by the device where gradients are not finite.
+Reads are counted on a CPU, with the fused optimisers that a GPU has. There a fused step is left out by the device where gradients are not
+finite. What is sent is counted on PyTorch's device without values ("meta"), in whose place a GPU would be.
 """
+
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import stages
@@ -11,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.recipes.distil import make_adapters
+from hypersd_pipeline.rewards.loading import load_reward
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import StageConfig
 from hypersd_pipeline.training.ema import ema_update
@@ -18,7 +23,7 @@ from hypersd_pipeline.training.loop import LoopConfig, Steps, make_accelerator, 
 from hypersd_pipeline.training.stage import build_stage
 
 CONSISTENCY = {"segments": 2, "guidance": (3.0, 5.0)}
-JUDGE = {"weight": 0.5, "hidden": 32, "real": "data", "levels": 2, "norm": "none", "loss": "relativistic", "listen_above": 0.4}
+JUDGE = {"weight": 0.5, "hidden": 32, "real": "data", "levels": 2, "norm": "none", "loss": "relativistic", "listen_above": 0.4, "renoise": True}
 REWARD = {"kind": "reward", "reward": {"kind": "shipped_quality"}, "alpha": 100.0, "weight": 0.1}
 MATCHING = {"guidance": (3.0, 3.0), "critic": {"updates": 2}}
 READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select}
@@ -76,7 +81,7 @@ def reads(teacher, folder, terms, steps, **more):
     return found
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     ("name", "terms", "more", "allowed"),
     [
         ("tscd", {"consistency": CONSISTENCY}, {}, 0),
@@ -92,10 +97,65 @@ def reads(teacher, folder, terms, steps, **more):
         ("dmd", {"matching": MATCHING, "regression": {}, "consistency": CONSISTENCY}, {}, 0),
     ],
 )
+
+
+@KINDS
 def test_an_update_reads_nothing_back(teacher, tmp_path, monkeypatch, name, terms, more, allowed):
     monkeypatch.setattr("hypersd_pipeline.training.loop.can_fuse", lambda parameters: True)
     few, many = (reads(teacher, tmp_path / str(steps), terms, steps, **more) for steps in (1, 3))
     assert many.count - few.count == 2 * allowed
+
+
+class Sends(TorchDispatchMode):
+    """Counts copies from the CPU to the device for which the CPU waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = func._overloadpacket
+        if name is torch.ops.aten._to_copy and args[0].device.type == "cpu" and output.device.type == "meta":
+            self.sent += 1
+            self.waits += not kwargs.get("non_blocking", False)
+        elif name is torch.ops.aten.copy_ and args[0].device.type == "meta" and args[1].device.type == "cpu":
+            self.waits += 1
+        return output
+
+
+def pinned(x):
+    """As ``Tensor.pin_memory`` does it: the same strides, filled by a copy. A build of PyTorch without a GPU has no such memory."""
+    return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage().clone(), 0, x.shape, x.stride()).copy_(x)
+
+
+@KINDS
+def test_nothing_is_sent_in_a_way_that_waits(teacher, monkeypatch, name, terms, more, allowed):
+    """The second pass of a stage on the device, after tables that are sent once. It could not read a value there: that is an error."""
+    monkeypatch.setattr("hypersd_pipeline.conditioning.UNWAITED", {"meta"})
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # the device has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr("hypersd_pipeline.training.terms.reward.load_reward", lambda reward, device: load_reward(reward, "cpu").to(device))
+    config = StageConfig(terms=terms, lora=stages.LORA, loop=stages.LOOP, **more)
+    model = load_teacher(teacher, parts=("backbone", "vae"), device="cpu")
+    adapters = make_adapters(model, config)
+    model.backbone.module.to("meta")
+    model.vae.to("meta")
+    model.device = torch.device("meta")
+    rows = Words(*vars(stages.rows()).values())
+    context = replace(
+        stages.context(adapters, rows, batch=2, pairs=stages.pairs(), decode=lambda x: model.decode(x, clip=False), segments=2),
+        device=model.device,
+    )
+    stage = build_stage(config, context, ready=lambda: adapters.use("student"))
+    for matching in (term for _, listed in stage.parts for _, term in listed if hasattr(term, "critic")):
+        monkeypatch.setattr(matching.critic.steps, "take", lambda finite: True)
+    for _ in range(2):
+        with Sends() as found:
+            stage(stages.generator())[0].backward()
+    assert found.sent > 1 and found.waits == 0
 
 
 def test_without_fused_optimisers_an_update_waits_once_for_each_decision(teacher, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Decay, Rate, Strict, Width
 from hypersd_pipeline.draws import randint, randn
 from hypersd_pipeline.models.adapters import AdaptedBackbone
@@ -116,8 +116,8 @@ class Critic:
 
     def _learn(self, samples: Tensor, cond: Conditioning, generator: torch.Generator, weight: float) -> Tensor:
         """Add ``weight`` times the gradient of one draw of noise and times. The loss."""
-        t = randint(0, self.process.num_train_timesteps, (len(samples),), generator).to(samples.device)
-        z = randn(samples.shape, generator).to(samples)
+        t = moved(randint(0, self.process.num_train_timesteps, (len(samples),), generator), samples.device)
+        z = moved(randn(samples.shape, generator), samples.device).to(samples)
         _, eps = self.denoiser.predict(self.process.add_noise(samples, z, t), t, cond)
         loss = dmd.critic_loss(eps, z)
         (loss * weight).backward(inputs=self.parameters)

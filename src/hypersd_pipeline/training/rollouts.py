@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Steps, Strict, Timestep
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.grids import check_grid
@@ -24,8 +24,6 @@ from hypersd_pipeline.perception.protocol import Instances
 from hypersd_pipeline.training.terms.base import Context, Prediction
 from hypersd_pipeline.training.terms.consistency import ConsistencyConfig
 from hypersd_pipeline.training.terms.perceptual import PerceptualConfig
-
-Movable = TypeVar("Movable", Tensor, Conditioning)
 
 
 class SampleConfig(Strict):
@@ -152,7 +150,7 @@ class Trajectory:
         else:
             xhat = consistency.solver_step(solver, batch.x_tn, batch.times, batch.cond)
         if self.config.target == "solver":
-            grid = self.grid.to(xhat.device)
+            grid = moved(self.grid, xhat.device)
             return consistency.solver_target(solver, xhat, batch.times, batch.cond, grid=grid, steps=batch.steps), features
         return consistency.consistency_target(self.target_network, xhat, batch.times, batch.cond), features
 
@@ -254,20 +252,13 @@ class NoisedImages:
         """See `Rollout`."""
         student, start = self.context.student, self.config.start(len(self.timesteps))
         end = gradient_step(len(self.timesteps), self.sample.gradient_steps, generator, after=start)
-        z = randn(batch.latents.shape, generator).to(batch.latents)
+        z = moved(randn(batch.latents.shape, generator), batch.latents.device).to(batch.latents)
         at = torch.full((len(z),), self.timesteps[start], device=z.device)
         noised = student.process.add_noise(batch.latents, z, at)
         x_t = feedback.advance(student, noised, self.timesteps[start : end + 1], batch.cond)
         t = torch.full_like(at, self.timesteps[end])
         sample = student.clean(x_t, self.timesteps[end], batch.cond)
         return Prediction(sample, torch.zeros_like(t), x_t, t, batch.cond, instances=batch.instances)
-
-
-def moved(x: Movable, device: torch.device) -> Movable:
-    """On the device. To a GPU through pinned memory, so that nobody waits for the copy."""
-    if device.type != "cuda" or (isinstance(x, Tensor) and x.device.type != "cpu"):
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
 
 
 def sample_timesteps(config: SampleConfig, student: Denoiser) -> list[int]:

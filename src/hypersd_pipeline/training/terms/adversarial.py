@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Count, Decay, Rate, Share
 from hypersd_pipeline.draws import rand, randn
 from hypersd_pipeline.models.adapters import AdaptedBackbone
@@ -214,9 +214,9 @@ class Adversary:
     def _renoised(self, prediction: Tensor, target: Tensor, s: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         process = self.adapters.process
         T = process.num_train_timesteps
-        share = rand((len(s),), generator).to(s.device)
+        share = moved(rand((len(s),), generator), s.device)
         t_star = (s + (share * (T // self.segments)).long()).clamp(max=T - 1)
-        z = randn(prediction.shape, generator).to(prediction)
+        z = moved(randn(prediction.shape, generator), prediction.device).to(prediction)
         return process.renoise(prediction, s, t_star, z), process.renoise(target, s, t_star, z), t_star
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Count, Guidance
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.draws import rand, randn
@@ -94,9 +94,11 @@ class Matching:
     def gradient(self, samples: Tensor, cond: Conditioning, uncond: Conditioning, generator: torch.Generator) -> Tensor:
         """``(p_real - p_fake) / mean|p_real|`` at the student's clean samples ``[b, c, h, w]``. No graph."""
         process, (low, high) = self.teacher.process, self.config.guidance
-        t = dmd.sample_renoise_timesteps(len(samples), process, generator, *self.config.renoise).to(samples.device)
-        x_t = process.add_noise(samples, randn(samples.shape, generator).to(samples), t)
-        scale = (low + (high - low) * rand((len(samples),), generator)).to(samples).view(-1, 1, 1, 1)
+        t = dmd.sample_renoise_timesteps(len(samples), process, generator, *self.config.renoise)
+        z = randn(samples.shape, generator)
+        scale = (low + (high - low) * rand((len(samples),), generator)).view(-1, 1, 1, 1)
+        t, z, scale = (moved(drawn, samples.device) for drawn in (t, z, scale))
+        x_t, scale = process.add_noise(samples, z.to(samples), t), scale.to(samples)
         real, _ = self.teacher.guided(uncond, scale).predict(x_t, t, cond)
         fake, _ = self.critic.denoiser.predict(x_t, t, cond)
         return dmd.matching_gradient(samples, real, fake)
