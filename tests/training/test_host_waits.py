@@ -23,7 +23,16 @@ from hypersd_pipeline.training.loop import LoopConfig, Steps, make_accelerator, 
 from hypersd_pipeline.training.stage import build_stage
 
 CONSISTENCY = {"segments": 2, "guidance": (3.0, 5.0)}
-JUDGE = {"weight": 0.5, "hidden": 32, "real": "data", "levels": 2, "norm": "none", "loss": "relativistic", "listen_above": 0.4, "renoise": True}
+JUDGE = {
+    "weight": 0.5,
+    "hidden": 32,
+    "real": "data",
+    "levels": 2,
+    "norm": "none",
+    "loss": "relativistic",
+    "renoise": True,
+    "listen_above": 0.4,
+}
 REWARD = {"kind": "reward", "reward": {"kind": "shipped_quality"}, "alpha": 100.0, "weight": 0.1}
 MATCHING = {"guidance": (3.0, 3.0), "critic": {"updates": 2}}
 READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select}
