@@ -141,6 +141,10 @@ class FixedRows:
         """Their text."""
         return self.cond
 
+    def captions(self, indices: Tensor, generator: torch.Generator | None = None) -> list[str]:
+        """One for each row."""
+        return ["an image"] * len(self)
+
     def unconditional(self, n: int, sizes: Tensor | None = None) -> Conditioning:
         """The other half of guidance."""
         return self.uncond

@@ -22,7 +22,7 @@ from hypersd_pipeline.recipes.distil import make_adapters
 from hypersd_pipeline.training.config import LoraShape, StageConfig
 from hypersd_pipeline.training.cost import ideal_forwards
 from hypersd_pipeline.training.ema import ema_update
-from hypersd_pipeline.training.loop import LoopConfig
+from hypersd_pipeline.training.loop import LoopConfig, adamw
 from hypersd_pipeline.training.stage import build_stage
 from hypersd_pipeline.training.terms import AdversarialConfig, ConsistencyConfig, Context
 
@@ -89,7 +89,7 @@ class Bench:
             teacher: Any = SimpleNamespace(backbone=self.backbone, process=models.process)
             self.adapters = make_adapters(teacher, self.stage(alone or VARIANTS["tscd_previous"]))
         self.student = self.adapters.parameters("student")
-        self.optimizer = torch.optim.AdamW(self.student, lr=1e-6, weight_decay=0.0)
+        self.optimizer = adamw(self.student, lr=1e-6, weight_decay=0.0)
         self.rows = models.rows(self.backbone)
         self.x0, self.cond = self.rows.latents, self.rows.cond
         self.generator = torch.Generator().manual_seed(models.seed)

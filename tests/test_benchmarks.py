@@ -144,3 +144,31 @@ def test_one_step_stages_hold_one_unet_and_two():
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
     assert [row[-1] for row in rows] == ["1.00", "1.00", "2.00", "2.00", "2.00"]
     assert [row[1] for row in rows] == ["7.0", "9.0", "8.0", "8.0", "10.0"]
+
+
+@pytest.fixture
+def update_speed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import update_speed
+
+    return update_speed
+
+
+def test_each_kind_of_update_is_measured_beside_lcms(update_speed):
+    """At toy sizes on the CPU: all rows run, in the dtype and layout that a GPU has, and the table divides by LCM's."""
+    options = [*TINY, "--rounds", "1", "--warmup", "0", "--channels-last", "--peak-tflops", "0.1"]
+    rows = {name: update_speed.measure_alone(update_speed.parse([*options, "--alone", name])) for name in update_speed.ROWS}
+    assert all(row["seconds"] > 0 and row["operations"] > 1e6 for row in rows.values())
+    assert rows["hybrid"]["operations"] > rows["tscd"]["operations"] and rows["dmd"]["operations"] > rows["tscd"]["operations"]
+    rows["lcm"] |= {"seconds": 0.5, "operations": 2e10, "peak_memory_mb": 100.0}
+    rows["tscd"] |= {"seconds": 0.25, "operations": 1e10, "peak_memory_mb": 80.0}
+    lines = update_speed.table(update_speed.parse(options), rows).splitlines()
+    assert lines[0] == "`tiny`, batch 2, 32 px, bfloat16, cpu; median of 1 updates, channels last."
+    assert lines[4] == "| LCM-LoRA | 500 | 4.00 | 1.00 | 0.04 | 0.400 | 100 | 1.00 |"
+    assert lines[5] == "| TSCD | 250 | 8.00 | 0.50 | 0.04 | 0.400 | 80 | 0.80 |"
+
+
+def test_the_peak_is_that_of_the_device(update_speed):
+    args = update_speed.parse(["--preset", "sdxl"])
+    assert update_speed.peak_of(args, "NVIDIA H100 80GB HBM3") == 989e12 and update_speed.peak_of(args, "a new one") is None
+    assert update_speed.peak_of(update_speed.parse(["--dtype", "float32"]), "NVIDIA H100 80GB HBM3") is None

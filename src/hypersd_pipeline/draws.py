@@ -20,7 +20,9 @@ class Draws(torch.Generator):
     With one pass and one process it is an ordinary generator. PyTorch's own functions take it too and know nothing of rows.
     """
 
-    _pass, _passes, _rank, _ranks = 0, 1, 0, 1
+    _pass, _passes, _rank, _ranks, _next = 0, 1, 0, 1, 0
+    _held: list[tuple[Any, Tensor]]
+    _began: Tensor
 
     def take(self, part: int, passes: int, rank: int = 0, ranks: int = 1) -> None:
         """From now on give the rows of pass ``part`` of ``passes``, and of those every ``ranks``-th from ``rank`` on.
@@ -30,7 +32,37 @@ class Draws(torch.Generator):
         self._pass, self._passes, self._rank, self._ranks = part, passes, rank, ranks
         self._next = 0
         if part == 0:
-            self._held: list[tuple[Any, Tensor]] = []
+            self._held = []
+
+    def following(self) -> Draws:
+        """A generator that gives what this one will give in the next pass, as long as this one draws nothing else before."""
+        other = Draws()
+        other._began = self.get_state()
+        other.set_state(other._began)
+        other._held = list(getattr(self, "_held", ()))
+        other.take((self._pass + 1) % self._passes, self._passes, self._rank, self._ranks)
+        return other
+
+    def catch_up(self, other: Draws) -> bool:
+        """Stand where ``other`` (`following`) stands by now, as if this one had drawn what it has drawn.
+
+        Returns:
+            False, and nothing is changed, where this one would have drawn something else.
+        """
+        here = (self._pass, self._passes, self._rank, self._ranks, self._next)
+        if here != (other._pass, other._passes, other._rank, other._ranks, 0):
+            return False
+        after = other.get_state()
+        if torch.equal(after, other._began):  # all came from the first pass
+            if any(mine[1] is not its[1] for mine, its in zip(self._held, other._held[: other._next], strict=False)):
+                return False
+        elif torch.equal(self.get_state(), other._began):
+            self.set_state(after)
+            self._held = other._held
+        else:
+            return False
+        self._next = other._next
+        return True
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import hypersd_pipeline
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.backbones import UNetBackbone, family_of
 from hypersd_pipeline.models.backbones.unet import call_arguments, small_unet
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
@@ -107,3 +109,46 @@ def test_the_last_convolution_is_exact_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(conv(x), expected) and rounded.dtype == torch.bfloat16 and not torch.equal(rounded.float(), expected)
         assert norm(x).dtype == torch.float32
+
+
+def test_adapters_are_compiled_once_each_and_switching_compiles_nothing(tmp_path):
+    """A graph for each adapter and mode, without breaks. Then three more rounds through all of them compile nothing."""
+    torch._dynamo.reset()
+    model = load_teacher(TeacherConfig(source=str(tiny.write_sd15(tmp_path))), parts=("backbone",), device="cpu")
+    adapters = AdaptedBackbone(model.backbone, model.process, rank=2, target_modules=("to_q", "conv1"))
+    for parameter in (*adapters.parameters("student"), *adapters.parameters("ema")):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    batch = (torch.randn(2, *model.latent_shape), torch.tensor([999, 24]), Conditioning(torch.randn(2, 7, 32)))
+
+    def round_trip():
+        with torch.no_grad():
+            found = [adapters.denoiser(name).network(*batch) for name in (None, "ema")]
+        output = adapters.denoiser("student").network(*batch)
+        return [*found, output.detach(), *torch.autograd.grad(output.square().sum(), adapters.parameters("student"))]
+
+    expected = round_trip()
+    counter = CompileCounterWithBackend("eager")
+    model.backbone.compile(counter)
+    for _ in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(round_trip(), expected, strict=True))
+        assert counter.frame_count == 3 and not torch._dynamo.utils.counters["graph_break"]
+    with adapters.watch_features() as seen:  # a discriminator's features still come with a pass
+        adapters.denoiser(None).network(*batch)
+    assert len(seen) == 1 and counter.frame_count == 3
+    torch._dynamo.reset()
+
+
+def test_held_in_bf16_the_size_conditioning_is_not_rounded(tmp_path):
+    model = load_teacher(TeacherConfig(source=str(tiny.write_sdxl(tmp_path))), parts=("backbone",), device="cpu")
+    model.backbone.hold_in(torch.bfloat16)
+    unet, seen = model.backbone.module, []
+    unet.add_time_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    sizes = torch.tensor([[1365.0, 715.0, 3.0, 5.0, 1024.0, 1024.0]])
+    cond = Conditioning(torch.randn(1, 7, 80), torch.randn(1, 40), sizes)
+    for call in (model.backbone, model.backbone.features):
+        call(torch.randn(1, *model.latent_shape), torch.tensor([500]), cond)
+        assert torch.equal(seen.pop(), sizes.flatten())
+    exact = {name for name, p in unet.named_parameters() if p.dtype == torch.float32}
+    assert {name.rpartition(".")[0] for name in exact} >= {"conv_out", "conv_norm_out"} and all(
+        "norm" in name or name.startswith("conv_out") for name in exact
+    )

@@ -203,3 +203,10 @@ def test_a_term_that_needs_what_a_training_lacks_is_refused(terms, names, senten
     networks = stages.Networks(stages.process(), **dict.fromkeys(names))
     with pytest.raises(UserError, match=sentence):
         build_stage(stage(terms), stages.context(networks, stages.rows()))
+
+
+def test_a_compiled_stage_has_no_gradient_checkpointing():
+    values = {"terms": {"consistency": {"segments": 4, "guidance": (3.0, 3.0)}}, "lora": stages.LORA, "gradient_checkpointing": True}
+    with pytest.raises(ValueError, match=r"loop\.compile does not go with gradient_checkpointing"):
+        StageConfig(**values, loop={**stages.LOOP, "compile": True})
+    assert StageConfig(**values, loop=stages.LOOP).identity() == StageConfig(**values, loop={**stages.LOOP, "prefetch": True}).identity()

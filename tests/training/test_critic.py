@@ -196,7 +196,7 @@ def test_skipped_updates_are_counted_and_said(teacher, caplog):
     critic.update(broken, sample_batch().cond, generator())
     assert critic.skipped == 10 and "The critic's last 10 updates had a non-finite loss" in caplog.text
     critic.update(torch.zeros(2, 4, 8, 8), sample_batch().cond, generator())
-    assert (critic.skipped, critic.skipped_in_a_row) == (10, 0)
+    assert (critic.skipped, critic.steps.in_a_row) == (10, 0)
 
 
 def test_the_critic_s_rank_is_its_own(teacher):

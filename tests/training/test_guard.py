@@ -60,3 +60,39 @@ def test_the_last_measurement_is_at_the_weights_that_are_left(tmp_path):
 
 def test_one_suspicious_measurement_between_good_ones_is_forgiven(tmp_path):
     assert not run(tmp_path, lambda w: 0.0 if 0.3 < w < 0.5 or 0.7 < w < 0.9 else 1.0)[1].hacked
+
+
+def guarded(interval, scores, tolerance=0.05):
+    """A guard that measures twice: at the start, and what ``scores`` says of each prompt afterwards."""
+    told = iter([torch.linspace(-1, 1, len(scores)), torch.linspace(-1, 1, len(scores)) + scores])
+    now: list[torch.Tensor] = []
+
+    def measure():
+        now[:] = [next(told)]
+        return {"trained_reward": float(1 - len(guard.history) == 0), "held_out_reward": float(now[0].mean())}
+
+    config = GuardConfig(every=1, prompts=len(scores), patience=1, tolerance=tolerance, interval=interval)
+    guard = Guard(config, measure, [torch.nn.Parameter(torch.zeros(1))], lambda values, step: None, last=10, scores=lambda: now[0])
+    assert guard(0) is False
+    return guard
+
+
+def test_noise_does_not_end_a_training_whose_guard_looks_at_intervals():
+    """The mean falls by .1, and single prompts change by 1: with 16 prompts that may be noise, with a change of .01 it is not."""
+    signs = torch.tensor([1.0, -1.0] * 8)
+    noisy, sure = -0.1 + signs, -0.1 + 0.01 * signs
+    assert guarded(False, noisy)(1) and not guarded(True, noisy)(1)
+    assert guarded(True, sure)(1) and not guarded(True, sure, tolerance=0.15)(1)
+
+
+def test_an_interval_is_that_of_the_paired_change_and_lasts_in_a_checkpoint():
+    change = -0.1 + 0.3 * torch.tensor([1.0, -1.0] * 8)
+    guard = guarded(True, change)
+    guard(1)
+    half = 1.96 * 0.3 * (16 / 15) ** 0.5 / 4
+    values = guard.history[-1]
+    assert values["held_out_change_low"] == pytest.approx(-0.1 - half) and values["held_out_change_high"] == pytest.approx(-0.1 + half)
+    other = guarded(True, change)
+    other.load_state_dict(guard.state_dict())
+    assert torch.equal(other.first_scores, guard.first_scores) and other.hacked == guard.hacked
+    assert "held_out_change_low" not in guarded(False, change).history[-1]

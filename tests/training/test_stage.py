@@ -159,3 +159,42 @@ def test_a_carried_value_has_the_gradient_that_is_carried():
     loss = carried(output, gradient, torch.tensor(4.2))
     loss.backward()
     assert loss.item() == pytest.approx(4.2) and torch.equal(output.grad, gradient)
+
+
+def test_the_norm_of_each_terms_gradient_is_measured_where_it_is_asked_for(teacher):
+    """By hand at the cut: of the weighted squared error, and of the judge, which is brought to its norm and has a weight of a half."""
+    terms = {"consistency": {**CONSISTENCY, "weight": 0.7}, "adversarial": {"weight": 0.5, "hidden": 32}}
+    found = []
+    for observed in (False, True):
+        adapters, stage = build(teacher, terms)
+        ((rollout, _),) = stage.parts
+        predict, seen = rollout.predict, []
+        rollout.predict = lambda batch, g, predict=predict, seen=seen: seen.append(predict(batch, g)) or seen[-1]
+        stage.observe(observed)
+        loss, scalars = stage(generator())
+        loss.backward()
+        found.append((loss, [p.grad for p in adapters.parameters("student")], scalars, seen[0]))
+    (loss, gradients, plain, _), (other_loss, other_gradients, scalars, prediction) = found
+    assert torch.equal(loss, other_loss) and all(torch.equal(a, b) for a, b in zip(gradients, other_gradients, strict=True))
+    assert set(scalars) - set(plain) == {"gradient_consistency", "gradient_adversarial"}
+    difference = prediction.sample.detach() - prediction.target
+    assert float(scalars["gradient_consistency"]) == pytest.approx(float(0.7 * 2 * difference.norm() / difference.numel()), rel=1e-4)
+    assert float(scalars["gradient_adversarial"]) == pytest.approx(0.5 * float(scalars["gradient_consistency"]), rel=1e-4)
+
+
+def test_terms_that_see_images_have_one_norm_together(teacher):
+    """It is what the other terms leave of the whole gradient, so that nobody walks back through the decoder twice."""
+    model = load_teacher(teacher, parts=("vae",))
+    reward = {"kind": "reward", "reward": {"kind": "shipped_quality"}, "alpha": 100.0, "weight": 0.1}
+    config = StageConfig(terms={"quality": reward, "regression": {}}, lora=stages.LORA, loop=stages.LOOP)
+    adapters = make_adapters(load_teacher(teacher, parts=("backbone",)), config)
+    context = stages.context(adapters, stages.rows(), batch=2, pairs=stages.pairs(), decode=lambda x: model.decode(x, clip=False))
+    alone = {}
+    for left_out in (None, "regression", "quality"):
+        terms = {name: term.model_copy(update={"weight": 0.0 if name == left_out else term.weight}) for name, term in config.terms.items()}
+        stage = build_stage(config.model_copy(update={"terms": terms}), context)
+        stage.observe(True)
+        alone[left_out] = stage(generator())[1]
+    assert float(alone[None]["gradient_images"]) == pytest.approx(float(alone["regression"]["gradient_images"]), rel=1e-3)
+    assert float(alone[None]["gradient_regression"]) == pytest.approx(float(alone["quality"]["gradient_regression"]), rel=1e-3)
+    assert "gradient_regression" not in alone["regression"] and "gradient_images" not in alone["quality"]

@@ -113,6 +113,8 @@ def _write(folder: Path, latents: LatentCache, teacher: TeacherConfig, config: N
             return
     if config.source == "distilled" and start is not None:
         merge_lora(model.backbone.module, start)
+    if config.mixed_precision == "bf16":
+        model.backbone.hold_in(torch.bfloat16)
     write_tensors(path, _walk(latents, model, config), {"key": key})
 
 

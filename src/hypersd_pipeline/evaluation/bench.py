@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -137,6 +138,8 @@ def watched(batches: Iterable[Tensor], shown: list[Image.Image], n: int) -> Iter
 def _evaluate(
     bench: Bench, steps: Iterable[int], contract: Contract, guidance_scale: float = 1.0
 ) -> tuple[Metrics, Image.Image, FolderWriter]:
+    if bench.config.mixed_precision == "bf16":
+        bench.teacher.backbone.hold_in(torch.bfloat16)
     metrics: Metrics = {}
     samples: dict[int, list[Image.Image]] = {}
     for n in sorted({*steps, contract.steps}):

@@ -29,11 +29,17 @@ class Judges:
     @torch.no_grad()
     def scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """Means: ``reward_<name>`` of each, ``trained_reward`` (their weighted mean), ``held_out_reward``."""
+        return self.judged(images, prompts)[0]
+
+    @torch.no_grad()
+    def judged(self, images: Tensor, prompts: Sequence[str]) -> tuple[dict[str, float], Tensor]:
+        """`scores`, and the held-out reward of each image ``[b]``."""
         found = [(reward.name, weight, _mean(reward, images, prompts)) for reward, weight in self.trained]
         total = sum(weight for _, weight, _ in found) or 1.0
         named = {f"reward_{name}": value for name, _, value in found}
         trained = sum(weight * value for _, weight, value in found) / total
-        return {**named, TRAINED: trained, HELD_OUT: _mean(self.held_out, images, prompts)}
+        held_out = self.held_out.score(images, prompts)
+        return {**named, TRAINED: trained, HELD_OUT: float(held_out.mean())}, held_out
 
 
 def _mean(reward: Reward, images: Tensor, prompts: Sequence[str]) -> float:
@@ -45,6 +51,7 @@ class Probe:
     """Samples the same prompts from the same noise, whatever the model, and measures how good, diverse and far from a reference they are.
 
     Args:
+        held_out: the held-out reward of each prompt at the last measurement ``[n]`` (an attribute).
         variants: images of each of the first quarter of the prompts, for the diversity.
         batch_size: images that are sampled, and held, at a time.
     """
@@ -58,6 +65,7 @@ class Probe:
     seed: int
     variants: int
     batch_size: int
+    held_out: Tensor = field(default_factory=lambda: torch.empty(0), init=False)
     _reference: Tensor | None = field(default=None, init=False)
 
     @torch.no_grad()
@@ -77,12 +85,14 @@ class Probe:
         if self._reference is None and distilled is not None:
             self._reference = self._features(distilled, range(len(self.prompts)))
         sums: dict[str, float] = {}
-        parts = []
+        parts, held_out = [], []
         for prompts, images in self.sample(denoiser, range(len(self.prompts))):
-            for name, value in self.judges.scores(images, prompts).items():
+            means, each = self.judges.judged(images, prompts)
+            held_out.append(each)
+            for name, value in means.items():
                 sums[name] = sums.get(name, 0.0) + value * len(prompts)
             parts.append(self.features(images))
-        features = torch.cat(parts)
+        features, self.held_out = torch.cat(parts), torch.cat(held_out)
         self._reference = features if self._reference is None else self._reference
         distance = 1 - torch.nn.functional.cosine_similarity(features, self._reference, dim=-1).mean()
         few = range(max(1, len(self.prompts) // 4))

@@ -17,7 +17,7 @@ from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.process import Process
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.backbones import Backbone
-from hypersd_pipeline.models.folded import can_fold, folded
+from hypersd_pipeline.models.folded import adapted, is_plain
 from hypersd_pipeline.models.lora import LoRA
 
 
@@ -167,16 +167,16 @@ class AdaptedBackbone:
                 parameter.data.copy_(saved)
 
 
-def _forward(layer: Any, unfolded: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A LoRA layer's forward pass: one product where the sum ``W + B A`` is exact enough, peft's own otherwise."""
+def _forward(layer: Any, unusual: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A LoRA layer's forward pass: ours for linear layers and convolutions (`models.folded`), peft's own for ``unusual`` ones."""
     if layer._disable_adapters:
         return layer.base_layer(x)  # type: ignore[no-any-return]
     name = layer._active_adapter[0]
     if name not in layer.lora_A:  # the discriminator's adapter sits in the encoder only
         return layer.base_layer(x)  # type: ignore[no-any-return]
-    if not can_fold(layer, x):
-        return unfolded(x)
-    return folded(layer, x, layer.lora_A[name].weight, layer.lora_B[name].weight)
+    if not is_plain(layer.base_layer):
+        return unusual(x)
+    return adapted(layer.base_layer, x, layer.lora_A[name].weight, layer.lora_B[name].weight)
 
 
 def _add_adapters(

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from hypersd_pipeline.conditioning import moved
 from hypersd_pipeline.config import Side, Strict, Width
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import file_sha256, tensors_sha256, write_tensors
@@ -152,7 +153,7 @@ class DualEncoder(nn.Module):
     def text_features(self, texts: list[str]) -> Tensor:
         """Mean-pooled MiniLM states ``[b, 384]``."""
         options = {"padding": True, "truncation": True, "max_length": self.config.context_length, "return_tensors": "pt"}
-        tokens = self.tokenizer(texts, **options)["input_ids"].to(self.device)
+        tokens = moved(self.tokenizer(texts, **options)["input_ids"], self.device)
         mask = (tokens != self.clip.text.config.pad_token_id).long()
         return self.clip.text.pooler(self.clip.text.transformer(input_ids=tokens, attention_mask=mask), mask)
 

@@ -83,14 +83,24 @@ def solver_step(teacher: Denoiser, x_tn: Tensor, times: Timesteps, cond: Conditi
 
 
 @torch.no_grad()
-def solver_target(teacher: Denoiser, xhat: Tensor, times: Timesteps, cond: Conditioning, *, grid: Tensor) -> Tensor:
-    """The teacher's own way on from ``xhat``, one DDIM step of the grid after another, until each sample is at its ``t_end``."""
+def solver_target(teacher: Denoiser, xhat: Tensor, times: Timesteps, cond: Conditioning, *, grid: Tensor, steps: int) -> Tensor:
+    """The teacher's own way on from ``xhat``, one DDIM step of the grid after another, until each sample is at its ``t_end``.
+
+    Args:
+        steps: that the longest way has (`longest_way`).
+    """
     x, t = xhat, times.t_prev
-    while bool((moving := t > times.t_end).any()):
+    for _ in range(steps):
+        moving = t > times.t_end
         lower = torch.where(moving, grid[(torch.searchsorted(grid, t) - 1).clamp(min=0)], t)
         x = torch.where(moving.view(-1, 1, 1, 1), teacher.jump(x, t, lower, cond), x)
         t = lower
     return x
+
+
+def longest_way(times: Timesteps, grid: Tensor) -> int:
+    """Grid steps from ``t_prev`` to ``t_end``, of the sample that has the most. Asked of times on the CPU, where they are drawn."""
+    return int((torch.searchsorted(grid, times.t_prev) - torch.searchsorted(grid, times.t_end)).max())
 
 
 @torch.no_grad()

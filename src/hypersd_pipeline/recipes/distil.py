@@ -10,7 +10,7 @@ from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig
 from hypersd_pipeline.models.user_lora import read_user_lora
 from hypersd_pipeline.recipes.launch import on_ranks
-from hypersd_pipeline.recipes.stage import Outputs, context_of, load_for, provenance, run_stage, stage_identity
+from hypersd_pipeline.recipes.stage import Outputs, context_of, hold_frozen, load_for, provenance, run_stage, stage_identity
 from hypersd_pipeline.training.config import StageConfig
 from hypersd_pipeline.training.ema import ema_update
 from hypersd_pipeline.training.loop import make_accelerator
@@ -64,6 +64,7 @@ def make_adapters(model: Teacher, stage: StageConfig, start: LoRA | None = None)
     """The adapters that a stage needs on one network, all from the same LoRA, if there is one."""
     solver = stage.consistency is not None and stage.consistency.teacher == "previous_stage"
     more = needs(stage)
+    hold_frozen(model.backbone, stage)
     adapters = AdaptedBackbone(
         model.backbone,
         model.process,

@@ -18,7 +18,7 @@ from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.perception.annotations import AnnotatedSplit
 from hypersd_pipeline.perception.protocol import PerceptualModel
 from hypersd_pipeline.recipes.launch import on_ranks
-from hypersd_pipeline.recipes.stage import Outputs, context_of, run_stage, stage_identity
+from hypersd_pipeline.recipes.stage import Outputs, context_of, hold_frozen, run_stage, stage_identity
 from hypersd_pipeline.training.config import FeedbackConfig
 from hypersd_pipeline.training.distributed import by_first, of_first
 from hypersd_pipeline.training.guard import Guard
@@ -66,6 +66,7 @@ def train_feedback(
         weights,
         by_first(outputs.metrics),
         last=stage.loop.steps,
+        scores=lambda: of_first(lambda: probe.held_out.cpu()),
     )
     report = run_stage(
         "feedback",
@@ -93,6 +94,7 @@ def load_judges(stage: FeedbackConfig, device: torch.device) -> Judges:
 
 def _adapters(model: Teacher, lora: LoRA, stage: FeedbackConfig) -> AdaptedBackbone:
     merge_lora(model.backbone.module, lora)  # with its adapter off, the network is then the distilled model, which the anchor needs
+    hold_frozen(model.backbone, stage)
     adapters = AdaptedBackbone(
         model.backbone,
         model.process,

@@ -17,7 +17,7 @@ from hypersd_pipeline.models.lora import LoRA, combine, merge_lora
 from hypersd_pipeline.models.one_step import write_network
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.recipes.launch import on_ranks
-from hypersd_pipeline.recipes.stage import Outputs, context_of, load_for, provenance, run_stage, stage_identity, stored_pairs
+from hypersd_pipeline.recipes.stage import Outputs, context_of, hold_frozen, load_for, provenance, run_stage, stage_identity, stored_pairs
 from hypersd_pipeline.training.config import OneStepConfig
 from hypersd_pipeline.training.critic import CRITIC
 from hypersd_pipeline.training.ema import ema_update
@@ -67,6 +67,7 @@ def train_unified(
     """
     accelerator = make_accelerator(stage.loop)
     model = load_for(stage, teacher, latents, accelerator)
+    hold_frozen(model.backbone, stage)
     adapters = AdaptedBackbone(
         model.backbone,
         model.process,
@@ -125,6 +126,7 @@ def train_unet(
     average = copy.deepcopy(student).requires_grad_(False)
     if stage.ema_on_cpu:
         average.cpu()
+    hold_frozen(model.backbone, stage)
     adapters = AdaptedBackbone(
         model.backbone,
         model.process,
@@ -135,6 +137,10 @@ def train_unet(
         seed=stage.loop.seed,
     )
     backbone = type(model.backbone)(student)
+    if stage.loop.channels_last:
+        backbone.lay_out_channels_last()
+    if stage.loop.compile:
+        backbone.compile()
     for network in (backbone, model.backbone) if stage.gradient_checkpointing else ():
         network.checkpoint_gradients()
     sources, targets = list(student.parameters()), list(average.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypersd_pipeline.data.trajectories import NoisePairs, noise_pairs_key, read
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.files import content_hashes
 from hypersd_pipeline.models.adapters import AdaptedBackbone
+from hypersd_pipeline.models.backbones import Backbone
 from hypersd_pipeline.models.lora import LoRA, lora_key
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.training import distributed
@@ -50,6 +52,14 @@ def load_for(config: StageConfig, teacher: TeacherConfig, latents: LatentCache, 
     latents.require_teacher(model)
     config.check(model.process)
     return model
+
+
+def hold_frozen(backbone: Backbone, config: StageConfig) -> None:
+    """Hold the frozen network in the dtype and the layout that the stage asks for: before adapters are put on it, and after all merging."""
+    if config.loop.mixed_precision == "bf16":
+        backbone.hold_in(torch.bfloat16)
+    if config.loop.channels_last:
+        backbone.lay_out_channels_last()
 
 
 def context_of(
@@ -129,22 +139,29 @@ def run_stage(
         The loop's report, with the cost of a step in forward passes (`with_cost`).
     """
     stage = build_stage(shared(config), context, ready)
-    report = train(
-        name,
-        parameters=parameters,
-        loss_fn=stage,
-        config=config.loop,
-        state={**state, **stage.state()},
-        key=identity,
-        checkpoints=outputs.checkpoints,
-        metrics=outputs.metrics,
-        accelerator=accelerator,
-        after_update=after_update,
-        companions=stage.companions(),
-        watch=stage.watch,
-        constants=_forward_cost(stage, context, accelerator),
-        finished=finished,
-    )
+    if config.loop.compile:
+        context.adapters.backbone.compile()
+    on_gpu = context.device.type == "cuda"
+    ahead = stage.drawing_ahead(context.device) if config.loop.prefetch or (config.loop.prefetch is None and on_gpu) else nullcontext()
+    constants = _forward_cost(stage, context, accelerator)
+    with ahead:
+        report = train(
+            name,
+            parameters=parameters,
+            loss_fn=stage,
+            config=config.loop,
+            state={**state, **stage.state()},
+            key=identity,
+            checkpoints=outputs.checkpoints,
+            metrics=outputs.metrics,
+            accelerator=accelerator,
+            after_update=after_update,
+            companions=stage.companions(),
+            watch=stage.watch,
+            will_log=stage.observe,
+            constants=constants,
+            finished=finished,
+        )
     return with_cost(report, config, full=full)
 
 

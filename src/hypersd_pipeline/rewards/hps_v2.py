@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hypersd_pipeline.conditioning import moved
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.rewards.base import check_images_and_prompts
 from hypersd_pipeline.rewards.open_clip_model import build_open_clip, check_open_clip, image_side, open_clip_shapes
@@ -68,5 +69,5 @@ class HpsV2(nn.Module):
         check_images_and_prompts(images, prompts)
         image = self.clip.encode_image(pad_preprocess(images, image_side(self.clip.visual)), normalize=True)
         with torch.no_grad():
-            text = self.clip.encode_text(self.tokenizer(list(prompts)).to(images.device), normalize=True)
+            text = self.clip.encode_text(moved(self.tokenizer(list(prompts)), images.device), normalize=True)
         return 100 * (image * text).sum(-1)

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from hypersd_pipeline.conditioning import moved
 from hypersd_pipeline.config import Side, Strict, Width
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.dual_encoder import minilm_folder
@@ -143,9 +144,10 @@ class ImageReward(nn.Module):
         """See `Reward.score`. Prompts are cut to 35 tokens."""
         check_images_and_prompts(images, prompts)
         options = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
-        tokens = self.tokenizer(list(prompts), **options).to(images.device)
+        tokens = self.tokenizer(list(prompts), **options)
+        ids, mask = (moved(part, images.device) for part in (tokens.input_ids, tokens.attention_mask))
         image = self.vision(pixel_values=crop_preprocess(images, self.image_size)).last_hidden_state
-        states = self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=image).last_hidden_state
+        states = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state
         return (self.mlp(states[:, 0]) - MEAN) / STD
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hypersd_pipeline.conditioning import moved
 from hypersd_pipeline.config import Strict
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.tensors import check_finite, check_report
@@ -94,6 +95,6 @@ class PickScore(nn.Module):
         pixels = crop_preprocess(images, self.clip.config.vision_config.image_size)
         image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
         with torch.no_grad():
-            tokens = self.tokenizer(list(prompts)).to(images.device)
+            tokens = moved(self.tokenizer(list(prompts)), images.device)
             text = self.clip.text_projection(self.clip.text_model(input_ids=tokens).pooler_output)
         return self.clip.logit_scale.exp() * F.cosine_similarity(image, text, dim=-1)

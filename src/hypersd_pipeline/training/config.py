@@ -103,6 +103,8 @@ class StageConfig(Strict):
     @model_validator(mode="after")
     def _sensible(self) -> StageConfig:
         active = self.active()
+        if self.loop.compile and self.gradient_checkpointing:
+            raise ValueError("loop.compile does not go with gradient_checkpointing; switch one of them off")
         if not any(isinstance(term, TRAINING) for term in active.values()):
             raise ValueError("terms: all that could train the student have weight 0 or are missing; set one of them")
         for kind in ORDER:

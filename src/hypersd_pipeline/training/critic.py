@@ -12,12 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Decay, Rate, Strict, Width
 from hypersd_pipeline.draws import randint, randn
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.objectives import distribution_matching as dmd
 from hypersd_pipeline.training.distributed import average_gradients
+from hypersd_pipeline.training.loop import Steps, adamw
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Critic:
     out and counted. Many in a row are said in the log.
 
     Attributes:
-        skipped: steps that were left out so far. warmed: updates of the warm-up that are done.
+        steps: taken and left out. warmed: updates of the warm-up that are done.
     """
 
     def __init__(self, adapters: AdaptedBackbone, config: CriticConfig, passes: int = 1) -> None:
@@ -82,8 +83,9 @@ class Critic:
         self.plans, self.passes_done = list(pass_plans(config.updates, passes)), 0
         self.denoiser = adapters.denoiser(CRITIC)
         self.parameters = adapters.parameters(CRITIC)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
-        self.skipped = self.skipped_in_a_row = self.warmed = 0
+        self.optimizer = adamw(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+        self.steps = Steps([self.optimizer])
+        self.warmed = self.said = 0
 
     @property
     def cold(self) -> bool:
@@ -114,8 +116,8 @@ class Critic:
 
     def _learn(self, samples: Tensor, cond: Conditioning, generator: torch.Generator, weight: float) -> Tensor:
         """Add ``weight`` times the gradient of one draw of noise and times. The loss."""
-        t = randint(0, self.process.num_train_timesteps, (len(samples),), generator).to(samples.device)
-        z = randn(samples.shape, generator).to(samples)
+        t = moved(randint(0, self.process.num_train_timesteps, (len(samples),), generator), samples.device)
+        z = moved(randn(samples.shape, generator), samples.device).to(samples)
         _, eps = self.denoiser.predict(self.process.add_noise(samples, z, t), t, cond)
         loss = dmd.critic_loss(eps, z)
         (loss * weight).backward(inputs=self.parameters)
@@ -124,25 +126,35 @@ class Critic:
     def _step(self) -> None:
         average_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        if bool(torch.isfinite(norm)):
-            self.optimizer.step()
-            torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # or autocast computes on with the weights as they were
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-            if self.skipped_in_a_row % ALARM_AFTER == 0:
-                log.warning(
-                    "The critic's last %d updates had a non-finite loss or gradient and were skipped: it learns nothing, and the student "
-                    "follows a critic of the past. Lower matching.critic.learning_rate or the loop's.",
-                    self.skipped_in_a_row,
-                )
-        self.optimizer.zero_grad(set_to_none=True)
+        self.steps.take(torch.isfinite(norm))
+        torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # or autocast computes on with the weights as they were
+        if self.steps.waits:
+            self.read()
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out so far, at the last `read`."""
+        return self.steps.skipped
+
+    def read(self) -> None:
+        """Bring the count of skipped steps up to date, and warn where many in a row were. Waits for the device."""
+        self.steps.read()
+        row = self.steps.in_a_row
+        if row // ALARM_AFTER > self.said:
+            log.warning(
+                "The critic's last %d updates had a non-finite loss or gradient and were skipped: it learns nothing, and the student "
+                "follows a critic of the past. Lower matching.critic.learning_rate or the loop's.",
+                row,
+            )
+        self.said = row // ALARM_AFTER
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser and the counts. The weights are in the adapters' state."""
+        self.read()
         return {"optimizer": self.optimizer.state_dict(), "skipped": self.skipped, "warmed": self.warmed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        self.skipped, self.warmed, self.skipped_in_a_row = state_dict.get("skipped", 0), state_dict.get("warmed", 0), 0
+        self.steps.set(state_dict.get("skipped", 0), 0)
+        self.warmed, self.said = state_dict.get("warmed", 0), 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from hypersd_pipeline.config import Count, Strict, Weight
 
 log = logging.getLogger(__name__)
 
-TRAINED, HELD_OUT = "trained_reward", "held_out_reward"
+TRAINED, HELD_OUT, CHANGE = "trained_reward", "held_out_reward", "held_out_change"
 
 
 class GuardConfig(Strict):
@@ -24,6 +24,8 @@ class GuardConfig(Strict):
         every: updates between two measurements.
         prompts: images that are sampled for a measurement. variants: images of a prompt that the diversity is taken of, at least 2.
         tolerance: by how much the held-out reward may lie below its start.
+        interval: the held-out reward counts as fallen only where the 95 % interval of its mean change, prompt by prompt, lies below the
+            tolerance as a whole. So the noise of few prompts does not end a training.
         patience: measurements in a row with the held-out reward below that and the trained rewards above their start, after which training
             ends.
     """
@@ -32,7 +34,10 @@ class GuardConfig(Strict):
     prompts: int = Field(ge=2, le=10**6)
     variants: int = Field(default=3, ge=2, le=1000)
     tolerance: Weight = 0.0
+    interval: bool = False
     patience: Count = 2
+
+    later: ClassVar[frozenset[str]] = frozenset({"interval"})
 
 
 class Guard:
@@ -43,6 +48,7 @@ class Guard:
         parameters: what is trained. Brought back to the last good measurement when training is ended.
         metrics: where measurements are logged.
         last: the stage's last step, at which there is a measurement too.
+        scores: the held-out reward of each prompt at the last measurement ``[n]``, for intervals.
     """
 
     def __init__(
@@ -52,8 +58,12 @@ class Guard:
         parameters: list[torch.nn.Parameter],
         metrics: Callable[[dict[str, float], int], None],
         last: int,
+        scores: Callable[[], Tensor] | None = None,
     ) -> None:
+        if config.interval and scores is None:
+            raise ValueError("guard.interval needs the scores of each prompt")
         self.config, self.measure, self.parameters, self.metrics, self.last = config, measure, parameters, metrics, last
+        self.scores, self.first_scores = scores if config.interval else None, torch.empty(0)
         self.history: list[dict[str, float]] = []
         self.good: list[Tensor] = [p.detach().clone() for p in parameters]
 
@@ -62,7 +72,7 @@ class Guard:
         if self.hacked:
             return True
         if (step % self.config.every == 0 or step == self.last) and (not self.history or self.history[-1]["step"] < step):
-            values = self.measure()
+            values = {**self.measure(), **self._change()}
             self.history.append({**values, "step": float(step)})
             self.metrics({f"guard/{name}": value for name, value in values.items()}, step)
             if not self._suspicious(self.history[-1]):
@@ -77,9 +87,24 @@ class Guard:
         last = self.history[-self.config.patience :]
         return len(last) == self.config.patience and all(self._suspicious(values) for values in last)
 
+    def _change(self) -> dict[str, float]:
+        """The interval of the held-out reward's mean change since the start, where it is asked for."""
+        if self.scores is None:
+            return {}
+        scores = self.scores().double().cpu()
+        if not len(self.first_scores):
+            self.first_scores = scores
+        change = scores - self.first_scores
+        half = 1.96 * change.std() / len(change) ** 0.5
+        return {f"{CHANGE}_low": float(change.mean() - half), f"{CHANGE}_high": float(change.mean() + half)}
+
     def _suspicious(self, values: Mapping[str, float]) -> bool:
         start = self.history[0]
-        return values[HELD_OUT] < start[HELD_OUT] - self.config.tolerance and values[TRAINED] > start[TRAINED]
+        if self.config.interval:
+            fallen = values[f"{CHANGE}_high"] < -self.config.tolerance
+        else:
+            fallen = values[HELD_OUT] < start[HELD_OUT] - self.config.tolerance
+        return fallen and values[TRAINED] > start[TRAINED]
 
     def _end(self, step: int) -> None:
         for parameter, good in zip(self.parameters, self.good, strict=True):
@@ -97,10 +122,11 @@ class Guard:
         return {**first, **last, "ended_by_guard": float(self.hacked)}
 
     def state_dict(self) -> dict[str, Any]:
-        """History and last good weights."""
-        return {"history": self.history, "good": self.good}
+        """History, last good weights and, for intervals, the scores of the start."""
+        return {"history": self.history, "good": self.good, **({"first_scores": self.first_scores} if self.config.interval else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.history = [dict(values) for values in state_dict["history"]]
+        self.first_scores = state_dict.get("first_scores", self.first_scores)
         self.good = [saved.to(p) for saved, p in zip(state_dict["good"], self.parameters, strict=True)]

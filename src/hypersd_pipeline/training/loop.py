@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -61,6 +61,9 @@ class LoopConfig(Strict):
         max_grad_norm: clipping. betas, weight_decay: AdamW's.
         mixed_precision: ``no`` or ``bf16`` (autocast; LoRA gradients in fp16 would need loss scaling, so it is not offered).
         conv_precision: how a CPU with bf16 instructions multiplies inside float32 convolutions. Everything around them stays float32.
+        channels_last: layout of the networks' convolutions. A GPU's tensor cores are faster with it in bf16. A CPU is not.
+        compile: whole passes by ``torch.compile``, each adapter by itself. It takes minutes at the start.
+        prefetch: read and draw the next pass's batches while a pass is computed. The draws are the same. None: on a GPU.
         log_every, checkpoint_every: in updates.
         seed: of every random draw of the stage.
         new_rate_from_here: continue from a checkpoint that was made with another learning rate, schedule or warm-up.
@@ -80,6 +83,9 @@ class LoopConfig(Strict):
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
     mixed_precision: Literal["no", "bf16"] = "no"
     conv_precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    prefetch: bool | None = None
     log_every: Count = 10
     checkpoint_every: Count = 100
     seed: Seed = 0
@@ -101,10 +107,18 @@ class LoopConfig(Strict):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on: a checkpoint stays good when only the logging changes."""
-        return self.model_dump(
-            mode="json", exclude={"log_every", "checkpoint_every", "max_bad_steps", "max_rollbacks", "new_rate_from_here"}
-        )
+        """What the trained weights depend on, but for rounding: a checkpoint stays good when only logging or speed changes."""
+        free = {
+            "channels_last",
+            "compile",
+            "prefetch",
+            "log_every",
+            "checkpoint_every",
+            "max_bad_steps",
+            "max_rollbacks",
+            "new_rate_from_here",
+        }
+        return self.model_dump(mode="json", exclude=free)
 
 
 class TrainingStopped(RuntimeError):
@@ -142,8 +156,68 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: LoopConfig) -> 
 
             return AdamW8bit(parameters, betas=config.betas, **options)  # type: ignore[no-any-return]
         case _:
-            fused = bool(parameters) and all(p.is_cuda for p in parameters)
-            return torch.optim.AdamW(parameters, betas=config.betas, fused=fused or None, **options)
+            return adamw(parameters, betas=config.betas, **options)
+
+
+def adamw(parameters: list[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """AdamW, fused where `can_fuse` says so."""
+    return torch.optim.AdamW(parameters, fused=True if can_fuse(parameters) else None, **options)
+
+
+def can_fuse(parameters: Sequence[Tensor]) -> bool:
+    """Whether AdamW is to be fused: on a GPU. On a CPU the fused one rounds a little differently and hardly saves anything."""
+    return bool(parameters) and all(p.is_cuda for p in parameters)
+
+
+class Steps:
+    """Steps of optimisers that are taken only where all gradients are finite, and the count of those that were left out.
+
+    Fused optimisers decide it on the device, so that the CPU need not wait for the gradients. Others wait.
+
+    Attributes:
+        waits: whether `take` waits for the device, so that the counts are up to date. Otherwise they are after `read`.
+        skipped: steps left out so far. in_a_row: of them, those since the last step that was taken.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        self.waits = not all(optimizer.defaults.get("fused") for optimizer in self.optimizers)
+        self._counts: Tensor | None = None
+        self.skipped = self.in_a_row = 0
+
+    def take(self, finite: Tensor) -> bool:
+        """Step where ``finite``, a bool on the device, is true. Moments and weights stay as they are where it is not.
+
+        Returns:
+            whether the step was taken, or may have been, where nobody waits for the answer.
+        """
+        if self.waits:
+            taken = bool(finite)
+            self.set(self.skipped + (not taken), 0 if taken else self.in_a_row + 1)
+        else:
+            taken, bad = True, (~finite).float()
+            counts = torch.tensor([self.skipped, self.in_a_row], device=finite.device) if self._counts is None else self._counts
+            self._counts = torch.stack([counts[0] + ~finite, torch.where(finite, 0, counts[1] + 1)])
+        for optimizer in self.optimizers:
+            if not self.waits:
+                optimizer.found_inf = bad  # type: ignore[attr-defined]
+            if taken:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return taken
+
+    def read(self) -> None:
+        """Bring the counts up to date. Waits for the device."""
+        if self._counts is not None:
+            self.skipped, self.in_a_row = (int(count) for count in self._counts.tolist())
+
+    def count(self, device: torch.device) -> Tensor:
+        """Steps left out so far, a scalar. Nobody waits for it."""
+        return torch.tensor(float(self.skipped), device=device) if self._counts is None else self._counts[0].float()
+
+    def set(self, skipped: int, in_a_row: int) -> None:
+        """Set the counts."""
+        self.skipped, self.in_a_row, self._counts = skipped, in_a_row, None
 
 
 def learning_rate_at(step: int, config: LoopConfig) -> float:
@@ -192,6 +266,7 @@ def train(
     after_update: Callable[[], None] = lambda: None,
     companions: Mapping[str, torch.optim.Optimizer] | None = None,
     watch: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
+    will_log: Callable[[bool], None] = lambda due: None,
     constants: Mapping[str, float] | None = None,
     finished: Callable[[int], bool] = lambda step: False,
 ) -> dict[str, float]:
@@ -200,7 +275,8 @@ def train(
     Where there is none, a training whose identity differs only in what may change is continued (see `training.resume`). Otherwise the
     stage starts anew and says what is different.
 
-    A step with a non-finite loss or gradient is skipped, counted and logged. After ``max_bad_steps`` of them in a row training goes back
+    A step with a non-finite loss or gradient is skipped, counted and logged. With a fused optimiser (on a GPU) the device decides that by
+    itself, and the counts are read where values are logged or saved. After ``max_bad_steps`` of them in a row training goes back
     to its last good checkpoint with half the learning rates, the companions' too, and other random draws, ``max_rollbacks`` times at most.
 
     Where processes train together (`training.distributed`), each calls this with the same arguments. They make the same updates from the
@@ -216,6 +292,7 @@ def train(
         companions: optimisers of opponents (a discriminator), whose gradients ``loss_fn`` leaves in their parameters. They step with the
             main one: all of them, or none when any gradient is not finite.
         watch: called with the logged values and the step, for alarms.
+        will_log: told before each update whether its values are logged, for what is measured only then.
         constants: metrics that are known before the training and belong into its report.
         finished: asked with the number of updates done, before each one and after the last, whether to end here. What it remembers belongs
             into ``state``.
@@ -241,6 +318,7 @@ def train(
         while not finished(step) and step < config.steps:
             rate = run.set_learning_rate(step)
             scalars: Mapping[str, Tensor] = {}
+            will_log(meter.is_due(step + 1))
             for _ in distributed.passes(run.generator, config.accumulate):
                 with accelerator.autocast():
                     loss, scalars = loss_fn(run.generator)
@@ -249,6 +327,8 @@ def train(
             if applied:
                 after_update()
             step += 1
+            if meter.is_due(step) or step % config.checkpoint_every == 0:
+                run.read()
             meter.update(step, {"loss": loss.detach(), "grad_norm": grad_norm, **scalars}, rate, run.skipped)
             if run.bad >= config.max_bad_steps:
                 step = run.roll_back(rate)
@@ -287,8 +367,9 @@ class _Run:
         self.generator = Draws()
         self.generator.manual_seed(config.seed)
         self.companion_rates = {k: [g["lr"] for g in o.param_groups] for k, o in optimizers.items() if k != "main"}
-        self.bad = self.skipped = self.rollbacks = 0
-        self.bad_in: list[str] = []  # whose gradients were not finite in the last such step
+        self.steps = Steps(optimizers.values())
+        self.rollbacks = self.warned = 0
+        self.finite: Tensor | None = None  # of which optimisers the gradients were, at the last step where not all were
         self.saved: int | None = None
         self.report: dict[str, float] = {}
 
@@ -311,21 +392,38 @@ class _Run:
         groups = [[p for g in o.param_groups for p in g["params"]] for o in self.optimizers.values()]
         distributed.average_gradients(p for group in groups for p in group)
         norms = [torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm) for parameters in groups]
-        finite = bool(torch.isfinite(torch.stack(norms)).all())
-        for optimizer in self.optimizers.values():
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if not finite:
-            self.bad_in = [name for name, norm in zip(self.optimizers, norms, strict=True) if not torch.isfinite(norm)]
-            if not self.bad:
-                log.warning(
-                    "%s: a non-finite loss or gradient (%s); such steps are skipped and counted.", self.name, ", ".join(self.bad_in)
-                )
-        self.bad, self.skipped = (0, self.skipped) if finite else (self.bad + 1, self.skipped + 1)
-        return norms[0], finite
+        each = torch.isfinite(torch.stack(norms))
+        self.finite = each if self.finite is None else torch.where(each.all(), self.finite, each)
+        applied = self.steps.take(each.all())
+        if self.steps.waits:
+            self.read()
+        return norms[0], applied
+
+    @property
+    def bad(self) -> int:
+        """Steps in a row that were left out."""
+        return self.steps.in_a_row
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out."""
+        return self.steps.skipped
+
+    @property
+    def bad_in(self) -> str:
+        """Whose gradients were not finite in the last such step."""
+        known = [True] * len(self.optimizers) if self.finite is None else self.finite.tolist()
+        return ", ".join(name for name, finite in zip(self.optimizers, known, strict=True) if not finite)
+
+    def read(self) -> None:
+        """Learn how many steps were left out, and say where the first of a row was. Waits for the device."""
+        self.steps.read()
+        if self.skipped > self.warned and self.bad <= self.skipped - self.warned:
+            log.warning("%s: a non-finite loss or gradient (%s); such steps are skipped and counted.", self.name, self.bad_in)
+        self.warned = self.skipped
 
     def save(self, step: int, summary: Mapping[str, float]) -> None:
+        self.read()
         self.report = {**self.constants, **summary, "total_skipped_steps": float(self.skipped), "total_rollbacks": float(self.rollbacks)}
         self.saved = step
         if not distributed.is_first():
@@ -390,14 +488,15 @@ class _Run:
         for name, part in self.state.items():
             part.load_state_dict(saved["modules"][name])
         counts = saved["counts"]
-        self.bad, self.skipped, self.rollbacks, self.report = counts["bad"], counts["skipped"], counts["rollbacks"], saved["report"]
+        self.steps.set(counts["skipped"], counts["bad"])
+        self.warned, self.rollbacks, self.report = counts["skipped"], counts["rollbacks"], saved["report"]
         self.saved = step
         return step
 
     def roll_back(self, rate: float) -> int:
         """Go back to the last good checkpoint. The learning rate is halved and the draws are others, or the same would happen again."""
         bad, skipped, rollbacks = self.bad, self.skipped, self.rollbacks
-        advice = f"{self.name}: {bad} steps in a row had a non-finite loss or gradient ({', '.join(self.bad_in)})"
+        advice = f"{self.name}: {bad} steps in a row had a non-finite loss or gradient ({self.bad_in})"
         if rollbacks >= self.config.max_rollbacks:
             raise TrainingStopped(
                 f"{advice}, after {rollbacks} returns to an earlier checkpoint; lower the learning rate (of main: now {rate:g})."
@@ -408,7 +507,8 @@ class _Run:
         step = self._restore(*found)
         distributed.wait()
         distributed.by_first(self.checkpoints.discard_after)(self.key, step)
-        self.bad, self.skipped, self.rollbacks = 0, skipped, rollbacks + 1
+        self.steps.set(skipped, 0)
+        self.warned, self.rollbacks = skipped, rollbacks + 1
         self.generator.manual_seed(int(np.random.SeedSequence([self.config.seed, self.rollbacks, step]).generate_state(1)[0]))
         log.warning("%s; back to the checkpoint of step %d, with the learning rates halved (rollback %d).", advice, step, self.rollbacks)
         return step
@@ -444,10 +544,14 @@ class _Meter:
         self.began = self.marked = time.perf_counter()
         self.start = self.done = self.marked_step = self.bar.n = step
 
+    def is_due(self, done: int) -> bool:
+        """Whether the values after so many updates are logged."""
+        return done % self.config.log_every == 0 or done == self.config.steps
+
     def update(self, done: int, scalars: Mapping[str, Tensor], rate: float, skipped: int) -> None:
         self.done = done
         self.bar.update()
-        if self.done % self.config.log_every and self.done != self.config.steps:
+        if not self.is_due(done):
             return
         values = distributed.means(scalars)
         self.loss = values["loss"]

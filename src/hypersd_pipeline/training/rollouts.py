@@ -14,7 +14,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Steps, Strict, Timestep
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.grids import check_grid
@@ -70,6 +70,7 @@ class TrajectoryBatch:
         x_tn: ``[b, c, h, w]``. times: its four timesteps. guidance: of the teacher's step ``[b, 1, 1, 1]``.
         cond, uncond: of the batch. ``uncond`` is None where the solver has its guidance baked in.
         real: the data at ``t_end``, with the same noise, where a discriminator takes them for real.
+        steps: of the solver's own further way, where it makes the target.
     """
 
     x_tn: Tensor
@@ -78,6 +79,7 @@ class TrajectoryBatch:
     cond: Conditioning
     uncond: Conditioning | None
     real: Tensor | None = None
+    steps: int = 0
 
 
 class Trajectory:
@@ -108,16 +110,17 @@ class Trajectory:
         picks = randint(0, len(data), (self.batch,), generator)
         x0 = data.sample(picks, generator)
         cond = data.conditioning(picks, generator)
-        uncond = data.unconditional(self.batch, cond.sizes).to(device) if config.teacher == "base" else None
+        uncond = moved(data.unconditional(self.batch, cond.sizes), device) if config.teacher == "base" else None
         z = consistency.offset_noise(tuple(x0.shape), config.offset_noise, generator)
         drawn = consistency.sample_timesteps(self.batch, self.grid, self.bounds, generator, starts=config.starts, ends=config.ends)
-        times = consistency.Timesteps(*(t.to(device) for t in (drawn.t_n, drawn.t_prev, drawn.t_b, drawn.t_end)))
+        times = consistency.Timesteps(*(moved(t, device) for t in (drawn.t_n, drawn.t_prev, drawn.t_b, drawn.t_end)))
         low, high = config.guidance
-        guidance = (low + (high - low) * rand((self.batch,), generator)).to(device).view(-1, 1, 1, 1)
-        x0, z = x0.to(device), z.to(device)
+        guidance = (low + (high - low) * rand((self.batch,), generator)).view(-1, 1, 1, 1)
+        x0, z, guidance = moved(x0, device), moved(z, device), moved(guidance, device)
         x_tn = consistency.noisy_input(x0, z, times.t_n, self.process, pure_noise=config.pure_noise)
         real = self.process.add_noise(x0, z, times.t_end) if self.with_data else None
-        return TrajectoryBatch(x_tn, times, guidance, cond.to(device), uncond, real)
+        steps = consistency.longest_way(drawn, self.grid) if config.target == "solver" else 0
+        return TrajectoryBatch(x_tn, times, guidance, moved(cond, device), uncond, real, steps)
 
     def predict(self, batch: TrajectoryBatch, generator: torch.Generator) -> Prediction:
         """See `Rollout`. Order: teacher, target network, student."""
@@ -147,7 +150,8 @@ class Trajectory:
         else:
             xhat = consistency.solver_step(solver, batch.x_tn, batch.times, batch.cond)
         if self.config.target == "solver":
-            return consistency.solver_target(solver, xhat, batch.times, batch.cond, grid=self.grid.to(xhat.device)), features
+            grid = moved(self.grid, xhat.device)
+            return consistency.solver_target(solver, xhat, batch.times, batch.cond, grid=grid, steps=batch.steps), features
         return consistency.consistency_target(self.target_network, xhat, batch.times, batch.cond), features
 
 
@@ -183,15 +187,15 @@ class Samples:
             z = randn((size, *data.latent_shape), generator)
         else:
             picks = randint(0, len(pairs.rows), (size,), generator)
-            rows, z, target = pairs.rows[picks], pairs.noise[picks], pairs.target[picks].to(device)
+            rows, z, target = pairs.rows[picks], pairs.noise[picks], moved(pairs.target[picks], device)
         cond = data.conditioning(rows)
         return SampleBatch(
-            z.to(device),
-            cond.to(device),
-            data.unconditional(size, cond.sizes).to(device) if self.unconditional else None,
+            moved(z, device),
+            moved(cond, device),
+            moved(data.unconditional(size, cond.sizes), device) if self.unconditional else None,
             data.captions(rows) if self.prompts else (),
             target,
-            data.sample(rows, generator).to(device) if self.real else None,
+            moved(data.sample(rows, generator), device) if self.real else None,
         )
 
     def predict(self, batch: SampleBatch, generator: torch.Generator) -> Prediction:
@@ -241,14 +245,14 @@ class NoisedImages:
         """See `Rollout`."""
         data, device = self.context.data, self.context.device
         picks = self.rows[randint(0, len(self.rows), (self.config.batch,), generator)]
-        clean = data.sample(picks, generator).to(device)
-        return ImageBatch(clean, data.conditioning(picks).to(device), [self.annotated.instances(int(i)) for i in picks])
+        clean = moved(data.sample(picks, generator), device)
+        return ImageBatch(clean, moved(data.conditioning(picks), device), [self.annotated.instances(int(i)) for i in picks])
 
     def predict(self, batch: ImageBatch, generator: torch.Generator) -> Prediction:
         """See `Rollout`."""
         student, start = self.context.student, self.config.start(len(self.timesteps))
         end = gradient_step(len(self.timesteps), self.sample.gradient_steps, generator, after=start)
-        z = randn(batch.latents.shape, generator).to(batch.latents)
+        z = moved(randn(batch.latents.shape, generator), batch.latents.device).to(batch.latents)
         at = torch.full((len(z),), self.timesteps[start], device=z.device)
         noised = student.process.add_noise(batch.latents, z, at)
         x_t = feedback.advance(student, noised, self.timesteps[start : end + 1], batch.cond)

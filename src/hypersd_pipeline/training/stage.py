@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hypersd_pipeline.draws import apart
+from hypersd_pipeline.draws import Draws, apart
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.objectives.adversarial import balanced
 from hypersd_pipeline.training import distributed
@@ -31,8 +34,13 @@ from hypersd_pipeline.training.terms import (
 from hypersd_pipeline.training.terms.adversarial import ADAPTER, Adversary
 from hypersd_pipeline.training.terms.base import Place
 from hypersd_pipeline.training.terms.matching import Matching
+from hypersd_pipeline.training.terms.perceptual import Perceptual
+from hypersd_pipeline.training.terms.reward import RewardTerm
 
 Weighted = tuple[float, Term]
+
+OF_IMAGES = (RewardTerm, Perceptual)
+"""Terms whose gradient comes back through the decoder."""
 
 
 @dataclass
@@ -47,16 +55,42 @@ class Stage:
         parts: rollouts, each with the terms that judge its prediction.
         decode: clean latents to images, for terms that ask for them.
         ready: called before a pass ends: what makes the student's network compute as it did, for gradient checkpointing.
+        observed: whether the scalars hold the norm of each term's gradient at the prediction, with its weight: ``gradient_<term>``. Terms
+            that see images have one norm together, ``gradient_images``, which costs no further way back through the decoder.
     """
 
     parts: Sequence[tuple[Rollout, Sequence[Weighted]]]
     decode: Callable[[Tensor], Tensor] | None = None
     ready: Callable[[], None] = field(default=lambda: None)
+    observed: bool = False
+    _worker: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
+    _ahead: tuple[Draws, Future[list[Any]]] | None = field(default=None, init=False, repr=False)
+    _misses: int = field(default=0, init=False, repr=False)
+
+    @contextmanager
+    def drawing_ahead(self, device: torch.device) -> Iterator[None]:
+        """Inside, the next pass's batches are read and drawn by a thread while a pass is computed. One pass ahead, and no further.
+
+        The stage's generator stays where it would be, so that a checkpoint knows nothing of it. A batch that was drawn ahead is used only
+        where the generator would have drawn the same (`Draws.catch_up`). That fails where terms draw too and an update has one pass, and
+        after two such failures in a row nothing is drawn ahead any more. What goes wrong in the thread is raised by the pass that needs the
+        batch.
+        """
+        ready = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        with ThreadPoolExecutor(1, "draws", initializer=ready) as self._worker:
+            try:
+                yield
+            finally:
+                self._worker = self._ahead = None
+
+    def observe(self, observed: bool) -> None:
+        """Whether the next passes measure the norms of the terms' gradients. They change nothing else."""
+        self.observed = observed
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, Scalars]:
         """The loss, whose gradient reaches the student only, and detached scalars to log."""
         self._warm_up(generator)
-        batches = [rollout.draw(generator) for rollout, _ in self.parts]
+        batches = self._batches(generator)
         losses: list[Tensor] = []
         scalars: Scalars = {}
         for (rollout, terms), batch in zip(self.parts, batches, strict=True):
@@ -66,6 +100,25 @@ class Stage:
             losses.append(carried(prediction.sample, gradient, value))
         self.ready()
         return torch.stack(losses).sum(), scalars
+
+    def _draw(self, generator: torch.Generator) -> list[Any]:
+        return [rollout.draw(generator) for rollout, _ in self.parts]
+
+    def _batches(self, generator: torch.Generator) -> list[Any]:
+        """This pass's batches. Then the next pass's are drawn in the background, where that is wanted."""
+        if self._worker is None or not isinstance(generator, Draws):
+            return self._draw(generator)
+        batches: list[Any] | None = None
+        if self._ahead is not None:
+            other, future = self._ahead
+            drawn = future.result()
+            batches = drawn if generator.catch_up(other) else None
+            self._ahead, self._misses = None, 0 if batches is not None else self._misses + 1
+        batches = self._draw(generator) if batches is None else batches
+        if self._misses < 2:
+            other = generator.following()
+            self._ahead = (other, self._worker.submit(self._draw, other))
+        return batches
 
     def _warm_up(self, generator: torch.Generator) -> None:
         """Train a critic that is not warm yet on samples of the student as it is. Its count is in the checkpoint."""
@@ -82,21 +135,32 @@ class Stage:
         """The terms' weighted sum and its gradient at the prediction; a discriminator's is weighed against that of all others."""
         leaf = view.sample
         value, weighed = torch.zeros((), device=leaf.device), False
+        known: dict[str, Tensor] = {}
         for weight, term in terms:
             if not isinstance(term, Adversary):
                 loss, more = term(view, generator)
                 value, weighed = value + weight * loss, True
                 scalars.update(more)
+                if self.observed and not isinstance(term, OF_IMAGES):
+                    known[type(term).__name__.lower()] = torch.autograd.grad(weight * loss, leaf, retain_graph=True)[0]
         gradient = torch.autograd.grad(value, leaf)[0] if weighed else torch.zeros_like(leaf)
+        if any(isinstance(term, OF_IMAGES) for _, term in terms) and self.observed:
+            known["images"] = gradient - sum(known.values())
         for weight, term in terms:
             if isinstance(term, Adversary):
                 loss, more = term(view, generator)
                 (toward,) = torch.autograd.grad(loss, leaf)
-                gradient = gradient + weight * term.heard * (
-                    balanced(toward, gradient, distributed.norm, cap=term.config.balance_cap) if term.config.balance else toward
+                share = (
+                    weight
+                    * term.heard
+                    * (balanced(toward, gradient, distributed.norm, cap=term.config.balance_cap) if term.config.balance else toward)
                 )
+                gradient = gradient + share
+                known["adversarial"] = share
                 value = value + weight * loss
                 scalars.update(more)
+        if self.observed:
+            scalars.update({f"gradient_{name}": part.norm() for name, part in known.items()})
         return value.detach(), gradient
 
     @property

@@ -15,6 +15,9 @@ from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.config_rules import check_class, read_config
 
+COMPILED = 64
+"""Compiled passes of one network, at most: adapters, shapes of batches, with and without a graph."""
+
 
 class ExactConv2d(nn.Conv2d):
     """A convolution in float32, under autocast too."""
@@ -54,7 +57,7 @@ class Backbone(ABC):
         size_key: of its ``config.json``, the side of the latents that it was trained for.
         encoder_modules: a regular expression of the module names that `features` runs through.
         input_names: what diffusers calls the inputs ``x_t``, ``t``, ``prompt_embeds``, ``pooled`` and ``sizes``, in this order.
-        module: the network itself.
+        module: the network itself. call: the same as a family calls it, which may be compiled.
         dtype: of its weights.
     """
 
@@ -66,7 +69,41 @@ class Backbone(ABC):
 
     def __init__(self, module: Any) -> None:
         self.module: Any = module
+        self.call: Any = module
         self.dtype: torch.dtype = next(p.dtype for name, p in module.named_parameters() if ".lora_" not in name)
+        exact(*self.exact_modules())
+
+    def exact_modules(self) -> Sequence[nn.Module]:
+        """Convolutions and group normalisations that compute in float32, whatever the rest does (see `exact`)."""
+        return ()
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """From now on hold the weights in another dtype, in which autocast computes. Then no pass has to cast them.
+
+        Normalisations stay in float32, and so do `exact_modules`: autocast computes the former in float32 on a GPU. Whatever is to be
+        merged into the weights is merged before: bfloat16 would round it away.
+        """
+        kept = {id(module) for module in self.exact_modules()}
+        for module in self.module.modules():
+            if id(module) not in kept and not isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        self.dtype = dtype
+
+    def lay_out_channels_last(self) -> None:
+        """Hold the weights of convolutions with the channels last. Images inside follow, which tensor cores are faster with."""
+        self.module.to(memory_format=torch.channels_last)
+
+    def compile(self, backend: Any = "inductor") -> None:
+        """Compile whole passes, each adapter and each shape by itself, when it is first called.
+
+        What says which adapter is in use is constant in a compiled pass. So going from one adapter to another compiles nothing anew.
+
+        Args:
+            backend: of ``torch.compile``.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED)  # type: ignore[attr-defined]
+        self.call = torch.compile(self.module, backend=backend, dynamic=False)
 
     @abstractmethod
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -113,11 +150,13 @@ class Backbone(ABC):
     def watch_features(self) -> Iterator[list[Tensor]]:
         """The `features` of all whole passes made inside, in order: they come with a pass at no cost."""
         seen: list[Tensor] = []
+        call, self.call = self.call, self.module  # a compiled pass knows nothing of hooks that come later
         handle = self.feature_module().register_forward_hook(lambda module, inputs, output: seen.append(self.features_of(output)))
         try:
             yield seen
         finally:
             handle.remove()
+            self.call = call
 
     def checkpoint_gradients(self) -> None:
         """Less memory for one more forward pass. diffusers does it only in training mode. These networks have no dropout."""

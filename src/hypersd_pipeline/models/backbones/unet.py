@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.backbones.base import Backbone, exact
+from hypersd_pipeline.models.backbones.base import Backbone
 from hypersd_pipeline.models.config_rules import (
     DEPTH,
     SIDE,
@@ -36,13 +36,18 @@ class UNetBackbone(Backbone):
     encoder_modules = "(down_blocks|mid_block)"
     input_names = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
 
-    def __init__(self, module: Any) -> None:
-        super().__init__(module)
-        exact(module.conv_norm_out, module.conv_out)  # rounded to bf16, eps would be multiplied by 14.6 on the way to x0
+    def exact_modules(self) -> Sequence[nn.Module]:
+        """See `Backbone`. The last two: rounded to bf16, eps would be multiplied by 14.6 on the way to x0."""
+        return self.module.conv_norm_out, self.module.conv_out
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See `Backbone`."""
-        return self.module(x_t.to(self.dtype), t, **call_arguments(cond.to(dtype=self.dtype)), return_dict=False)[0]  # type: ignore[no-any-return]
+        return self.call(x_t.to(self.dtype), t, **call_arguments(self._rounded(cond)), return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def _rounded(self, cond: Conditioning) -> Conditioning:
+        """In the network's dtype. Sizes stay as they are: bfloat16 would make 1368 of 1365, and their embedding is made in float32."""
+        rounded = cond.to(dtype=self.dtype)
+        return Conditioning(rounded.prompt_embeds, rounded.pooled, cond.sizes)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The output of the mid block: what the whole pass computes there, without the decoder (SDXL-Lightning, section 3.2)."""
@@ -51,7 +56,7 @@ class UNetBackbone(Backbone):
     def feature_levels(self, x_t: Tensor, t: Tensor, cond: Conditioning, levels: int) -> list[Tensor]:
         """See `Backbone`. The mid block's output, then the blocks' before it, from the last to the first."""
         unet, x = self.module, x_t.to(self.dtype)
-        inputs = call_arguments(cond.to(dtype=self.dtype))
+        inputs = call_arguments(self._rounded(cond))
         text, added = inputs["encoder_hidden_states"], inputs.get("added_cond_kwargs", {})
         emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
         extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)

@@ -11,13 +11,14 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Count, Decay, Rate, Share
 from hypersd_pipeline.draws import rand, randn
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.discriminator import make_head
 from hypersd_pipeline.objectives.adversarial import Loss, discriminator_loss, generator_loss
 from hypersd_pipeline.training import distributed
+from hypersd_pipeline.training.loop import adamw
 from hypersd_pipeline.training.terms.base import Context, Cost, Scalars, TermConfig, View
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class Adversary:
         self.head = make_head(shapes, config.hidden, 2 if config.pair else 1, seed, config.norm).to(device)
         self.adapter = ADAPTER if config.encoder == "adapter" else None
         self.parameters = [*self.head.parameters(), *(adapters.parameters(ADAPTER) if self.adapter else ())]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
+        self.optimizer = adamw(self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=0.0)
         self.streak = torch.zeros((), device=device)
         self.running = torch.full((), 0.5, device=device)  # accuracy, in the mean of about the last hundred passes
         self._correct: list[Tensor] = []  # of the passes of an update so far
@@ -213,9 +214,9 @@ class Adversary:
     def _renoised(self, prediction: Tensor, target: Tensor, s: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         process = self.adapters.process
         T = process.num_train_timesteps
-        share = rand((len(s),), generator).to(s.device)
+        share = moved(rand((len(s),), generator), s.device)
         t_star = (s + (share * (T // self.segments)).long()).clamp(max=T - 1)
-        z = randn(prediction.shape, generator).to(prediction)
+        z = moved(randn(prediction.shape, generator), prediction.device).to(prediction)
         return process.renoise(prediction, s, t_star, z), process.renoise(target, s, t_star, z), t_star
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Count, Guidance
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.draws import rand, randn
@@ -77,10 +77,11 @@ class Matching:
         loss = dmd.matching_loss(view.sample[some], gradient)
         silent = (gradient == 0).flatten(1).all(dim=1).float().mean()  # where a prediction was not finite
         scalars = {"critic": learned, "matching": gradient.square().mean().sqrt(), "matching_silent": silent}
-        return loss, {**scalars, "critic_skipped": torch.tensor(float(self.critic.skipped))}
+        return loss, {**scalars, "critic_skipped": self.critic.steps.count(loss.device)}
 
     def watch(self, values: Mapping[str, float], step: int) -> None:
-        """Warn where more than half of the samples have no gradient: their predictions were not finite."""
+        """Warn where more than half of the samples have no gradient: their predictions were not finite. The critic warns by itself."""
+        self.critic.read()
         if values.get("matching_silent", 0.0) > 0.5:
             log.warning(
                 "Step %d: teacher or critic gave predictions that are not finite for %.0f %% of the samples, so that matching does not "
@@ -93,9 +94,11 @@ class Matching:
     def gradient(self, samples: Tensor, cond: Conditioning, uncond: Conditioning, generator: torch.Generator) -> Tensor:
         """``(p_real - p_fake) / mean|p_real|`` at the student's clean samples ``[b, c, h, w]``. No graph."""
         process, (low, high) = self.teacher.process, self.config.guidance
-        t = dmd.sample_renoise_timesteps(len(samples), process, generator, *self.config.renoise).to(samples.device)
-        x_t = process.add_noise(samples, randn(samples.shape, generator).to(samples), t)
-        scale = (low + (high - low) * rand((len(samples),), generator)).to(samples).view(-1, 1, 1, 1)
+        t = dmd.sample_renoise_timesteps(len(samples), process, generator, *self.config.renoise)
+        z = randn(samples.shape, generator)
+        scale = (low + (high - low) * rand((len(samples),), generator)).view(-1, 1, 1, 1)
+        t, z, scale = (moved(drawn, samples.device) for drawn in (t, z, scale))
+        x_t, scale = process.add_noise(samples, z.to(samples), t), scale.to(samples)
         real, _ = self.teacher.guided(uncond, scale).predict(x_t, t, cond)
         fake, _ = self.critic.denoiser.predict(x_t, t, cond)
         return dmd.matching_gradient(samples, real, fake)
