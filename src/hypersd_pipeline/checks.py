@@ -353,6 +353,18 @@ def check_inputs(pipeline: Pipeline, catalog: CatalogProtocol, env: str | None =
         if not name.startswith("params:") and name != "parameters" and not catalog.exists(name):
             where = getattr(catalog.get(name), "_filepath", None)
             raise UserError(f"'{name}'{f' ({where})' if where else ''} is missing; {_cure(name, env)}.")
+    for name in sorted(_named_loras(pipeline, catalog)):
+        if not catalog.exists(name):
+            where = getattr(catalog.get(name), "_filepath", None)
+            raise UserError(
+                f"arena: '{name}' ({where}) is missing; {_cure(name, env)}, or leave it out: --params arena.shown.{name[5:]}=null."
+            )
+
+
+def _named_loras(pipeline: Pipeline, catalog: CatalogProtocol) -> list[str]:
+    """The LoRAs that the arena's parameters name: they are no inputs of its nodes."""
+    arena = catalog.load("params:arena") if "params:arena" in pipeline.inputs() and "params:arena" in catalog else None
+    return [f"lora_{name}" for name in arena.loras()] if arena is not None else []
 
 
 def check_models(pipeline: Pipeline, catalog: CatalogProtocol) -> None:
@@ -395,7 +407,9 @@ def _check_teacher(typed: Mapping[str, Any], pipeline: Pipeline, catalog: Catalo
                     f"ablation.one_step_timestep is {config.one_step_timestep}, but the teacher's end at {process.last_timestep}; lower it."
                 )
             plan(config)
-    for name in sorted(pipeline.inputs()):
+    if (arena := typed.get("arena")) is not None:
+        arena.check(process.num_train_timesteps)
+    for name in sorted({*pipeline.inputs(), *_named_loras(pipeline, catalog)}):
         dataset = catalog.get(name) if name in catalog else None
         if isinstance(dataset, LoRADataset):
             dataset.check(checked.shapes, process.num_train_timesteps)

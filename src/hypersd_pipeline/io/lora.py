@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +139,25 @@ class LoRADataset(AbstractDataset["LoRA", "LoRA"]):
 
     def _exists(self) -> bool:
         return (self._filepath / WEIGHTS).exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._filepath)}
+
+
+class LoRAsDataset(AbstractDataset[None, "Callable[[str], LoRA]"]):
+    """Loads as a function: a name without ``lora_`` -> the `LoRA` in that folder of ``filepath``. For nodes whose parameters name LoRAs."""
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath, self.metadata = Path(filepath), metadata
+
+    def load(self) -> Callable[[str], LoRA]:
+        return lambda name: read_lora(self._filepath / f"lora_{name}" / WEIGHTS)
+
+    def save(self, data: None) -> None:
+        raise UserError("LoRAs by name are an input of a node and never its output: correct the wiring in pipeline.py.")
+
+    def _exists(self) -> bool:
+        return True
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._filepath)}

@@ -1,0 +1,1 @@
+"""Models side by side on a page, and people who vote on blind pairs."""
