@@ -16,6 +16,7 @@ from hypersd_pipeline.config_loader import ProjectConfigLoader
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.pipelines import (
     ablation,
+    arena,
     baselines,
     data_prep,
     dmd,
@@ -35,7 +36,9 @@ from hypersd_pipeline.training.config import StageConfig
 CONF = Path(__file__).parents[1] / "conf"
 MINE = "conf/mine/parameters.yml: "
 PIPELINES = {module.__name__.rsplit(".", 1)[1]: module.create_pipeline() for module in (tscd, dmd, baselines, ablation, replicates)}
-OTHERS = {m.__name__: m.create_pipeline() for m in (export, one_step_unet, reward_models, segmentation_model, teacher, unified_sampling)}
+OTHERS = {
+    m.__name__: m.create_pipeline() for m in (arena, export, one_step_unet, reward_models, segmentation_model, teacher, unified_sampling)
+}
 PIPELINES["feedback"] = data_prep.create_pipeline() + feedback.create_pipeline()
 
 
