@@ -159,20 +159,18 @@ def _check_stages(checked: Mapping[str, Any], loader: AbstractConfigLoader, root
 
 
 def _check_shares(checked: Mapping[str, BaseModel], loader: AbstractConfigLoader, root: Path) -> None:
-    """Raises UserError for a stage whose batches the processes of ``compute`` cannot share. Experiments have one process."""
+    """Raises UserError for a stage whose batches the processes of ``compute`` cannot share, inside an experiment too."""
     if "compute" not in checked:
         return
     from hypersd_pipeline.recipes.stage import shared
-    from hypersd_pipeline.training.config import StageConfig
 
     compute = checked["compute"]
-    for key, stage in checked.items():
-        if isinstance(stage, StageConfig):
-            try:
-                shared(stage, compute.nodes * compute.here)  # type: ignore[attr-defined]
-            except UserError as error:
-                path = [*key.split("."), *str(error).partition(":")[0].partition(" ")[0].split(".")[1:]]
-                raise UserError(f"{_defining_file(path, loader, root)}: {key}{str(error).removeprefix('stage')}") from error
+    for key, stage in stages_of(checked):
+        try:
+            shared(stage, compute.nodes * compute.here)  # type: ignore[attr-defined]
+        except UserError as error:
+            path = [*key.split("."), *str(error).partition(":")[0].partition(" ")[0].split(".")[1:]]
+            raise UserError(f"{_defining_file(path, loader, root)}: {key}{str(error).removeprefix('stage')}") from error
 
 
 def _stage_problem(key: str, stage: StageConfig) -> str | None:

@@ -158,12 +158,12 @@ def _clean(env: str | None, delete: bool) -> None:
 
 
 def _join(env: str | None) -> None:
-    """Train with this machine what `kedro run` on another machine trains with compute.nodes above 1. Ends with Ctrl-C or SIGTERM."""
+    """Compute with this machine what `kedro run` on another machine computes with compute.nodes above 1. Ends with Ctrl-C or SIGTERM."""
     from kedro.framework.session import KedroSession
     from kedro.utils import find_kedro_project
 
     from hypersd_pipeline.config_loader import ProjectConfigLoader
-    from hypersd_pipeline.recipes.launch import join
+    from hypersd_pipeline.training.processes import join
 
     root = find_kedro_project(Path.cwd()) or Path.cwd()
     with KedroSession.create(project_path=root, env=env) as session:

@@ -1,18 +1,29 @@
 """Pairs of noise and what it leads to: whose walks they are, that they are made once, and that others are refused."""
 
+import functools
+
 import pytest
 import tiny
 import torch
+from ranks import on_ranks
 from worlds import prepare
 
 from hypersd_pipeline.data import trajectories
-from hypersd_pipeline.data.trajectories import FILE, NoisePairsConfig, make_noise_pairs, noise_pairs_key, read_noise_pairs
+from hypersd_pipeline.data.trajectories import (
+    FILE,
+    NoisePairsConfig,
+    make_noise_pairs,
+    noise_pairs_key,
+    read_noise_pairs,
+    walk_noise_pairs,
+)
 from hypersd_pipeline.diffusion.grids import trailing_timesteps
 from hypersd_pipeline.diffusion.sampling import sample_ddim
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.lora import merge_lora
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
+from hypersd_pipeline.training import distributed
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +48,13 @@ def pairs_config(**changes):
     return NoisePairsConfig(**{"count": 6, "batch_size": 4, **changes})
 
 
-def made(world, folder, config, start=None):
+def made(world, folder, config, start=None, mine=distributed.mine):
     """The pairs as the training reads them."""
-    folder.mkdir(exist_ok=True)
-    make_noise_pairs(world[1], world[0], config, start)(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = folder.parent / "parts"
+    walk = functools.partial(walk_noise_pairs, world[1], world[0], config, start, parts, mine)
+    make_noise_pairs(world[1], world[0], config, start, parts, walk)(folder)
+    assert not parts.exists()
     return read_noise_pairs(folder, key_of(world, config, start))
 
 
@@ -76,6 +90,26 @@ def test_pairs_are_made_once(world, tmp_path):
     assert not torch.equal(first.noise, other.noise) and not torch.equal(first.target, other.target)
 
 
+def test_several_processes_walk_the_pairs_of_one_and_an_interrupted_walk_goes_on(world, start, tmp_path, monkeypatch):
+    config, parts = pairs_config(count=7, batch_size=2), tmp_path / "parts"
+
+    def walk():
+        walk_noise_pairs(world[1], world[0], config, start, parts, distributed.mine)
+        distributed.wait()
+        return sorted(path.name for path in parts.iterdir())
+
+    (alone,) = on_ranks(1, tmp_path / "one", lambda: made(world, tmp_path / "alone" / "pairs", config, start).target)
+    two, other = on_ranks(2, tmp_path / "two", walk)
+    assert two == other and len(two) == 4
+    untouched = {name: (parts / name).stat().st_mtime_ns for name in two[1:]}
+    (parts / two[0]).unlink()  # as an interruption would have it
+    walk()
+    assert untouched == {name: (parts / name).stat().st_mtime_ns for name in two[1:]}
+    monkeypatch.setattr(trajectories, "sample_ddim", pytest.fail)
+    together = made(world, tmp_path / "together", config, start)
+    assert torch.equal(together.target[2:], alone[2:]) and torch.allclose(together.target, alone, atol=1e-5)
+
+
 def test_the_same_pairs_of_another_stage_are_copied(world, tmp_path, monkeypatch):
     walked = []
     monkeypatch.setattr(trajectories, "sample_ddim", lambda *args, **more: walked.append(1) or sample_ddim(*args, **more))
@@ -97,5 +131,5 @@ def test_pairs_of_something_else_or_none_are_refused(world, start, tmp_path):
 
 
 def test_no_pairs_are_made_where_none_are_needed(world, tmp_path):
-    make_noise_pairs(world[1], world[0], None)(tmp_path)
+    make_noise_pairs(world[1], world[0], None, None, tmp_path / "parts", walk=pytest.fail)(tmp_path)
     assert list(tmp_path.iterdir()) == []

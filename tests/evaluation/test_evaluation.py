@@ -1,6 +1,7 @@
 """The evaluation on a random teacher: same noise for the same prompt, splits kept apart, and what reaches the table."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from ranks import on_ranks
 from tiny import write_teacher
 
 import hypersd_pipeline
@@ -18,9 +20,11 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.evaluation.bench import Bench, evaluate_lora, evaluate_teacher, prepare_reference
 from hypersd_pipeline.evaluation.reference import choose_rows, read_reference, reference_key
 from hypersd_pipeline.evaluation.results import last_words, summarise_models
-from hypersd_pipeline.evaluation.sampling import generate, prompt_noise
+from hypersd_pipeline.evaluation.sampling import batches, generate, prompt_noise, sample
 from hypersd_pipeline.evaluation.ways import SamplingWaysConfig, measure_sampling
-from hypersd_pipeline.metrics.config import EvaluationConfig
+from hypersd_pipeline.files import file_sha256
+from hypersd_pipeline.metrics.config import DiversityConfig, EvaluationConfig
+from hypersd_pipeline.metrics.features import EfficientNetLite0
 from hypersd_pipeline.metrics.frechet import frechet_distance
 from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA
@@ -29,10 +33,13 @@ from hypersd_pipeline.pipelines.evaluation.pipeline import create_pipeline
 from hypersd_pipeline.rewards import load_reward
 from hypersd_pipeline.rewards.shipped_quality import ShippedQualityConfig
 from hypersd_pipeline.rewards.text_image import TextImageConfig
+from hypersd_pipeline.training.distributed import ComputeConfig
+from hypersd_pipeline.training.processes import Place
 
 CONFIG = EvaluationConfig(
-    samples=10, unseen_samples=6, batch_size=4, student_steps=(1, 2), teacher_steps=(1, 3), bootstrap=100, grid_prompts=3
-)
+    samples=10, unseen_samples=6, batch_size=4, student_steps=(1, 2), teacher_steps=(1, 3), bootstrap=100, grid_prompts=3,
+    diversity=DiversityConfig(prompts=5, seeds=3),
+)  # fmt: skip
 JUDGES = Path(hypersd_pipeline.__file__).parent / "assets/judges"
 N = {"test": 12, "test_unseen": 6}
 
@@ -170,6 +177,10 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
         "unseen_clip_score/3_steps", "unseen_clip_score/recon", "unseen_clip_score/real",
     }  # fmt: skip
 
+    assert {k: v for k, v in teacher_metrics.items() if k.endswith("teacher_distance/3_steps")} == pytest.approx(
+        {"teacher_distance/3_steps": 0, "unseen_teacher_distance/3_steps": 0}, abs=1e-6
+    )  # they are the reference
+
     metrics, _, write = evaluate_lora(lora(teacher, 0.0), teacher, reference, CONFIG)
     write(stage_samples)
     assert {f"{n}_steps" for n in (1, 2, 4)} == {
@@ -183,6 +194,9 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
     table, frame, headline, main_grid = summarise_models(
         reference, teacher_metrics, teacher_samples, CONFIG, metrics_k4=metrics, samples_k4=stage_samples
     )
+    head, crops = table.split("### Details")[0], table.split("### Details")[1].split("## ")[0]
+    assert "distance to the teacher's samples|" in head and "|diversity|" in head and "on crops" not in head
+    assert "on crops to real" in crops and "|k4|4|" in crops
     assert "|k4|4|" in table and "|real images|-|" in table and "held out" in table
     line = frame[(frame.model == "k4") & (frame.row == "2_steps") & (frame.metric == "clip_score") & (frame.split == "test")]
     assert line.value.item() == metrics["clip_score/2_steps"] and line.samples.item() == 10
@@ -193,11 +207,60 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
 
 def test_empty_lora_is_the_teacher_without_guidance(reference: Path, teacher: TeacherConfig) -> None:
     metrics, _, _ = evaluate_lora(lora(teacher, 0.0, steps=2), teacher, reference, CONFIG)
-    plain, _, _ = evaluate_teacher(teacher, reference, CONFIG.model_copy(update={"guidance_scale": 1.0, "teacher_steps": (2,)}))
+    plain, _ = Bench.load(teacher, reference, CONFIG).row("test", 2, Contract(2))
     moved, _, _ = evaluate_lora(lora(teacher, 1.0, steps=2), teacher, reference, CONFIG)
     key = "fd_efficientnet_lite0_real/2_steps"
     assert metrics[key] == pytest.approx(plain[key], rel=1e-4)
     assert abs(moved[key] - plain[key]) > 1e-3 * plain[key]
+
+
+def test_crops_diversity_and_distance_to_the_teacher_by_hand(reference: Path, teacher: TeacherConfig) -> None:
+    bench, contract, features = Bench.load(teacher, reference, CONFIG), Contract(2, eta=0.5), EfficientNetLite0(64)
+    metrics, shown = bench.row("test", 2, contract)
+    cond, denoiser = bench.cond["test"], bench.teacher.denoiser()
+    options: dict[str, Any] = {"seed": 0, "denoiser": denoiser, "eta": 0.5}
+
+    def sampled(n: int, variant: int = 0) -> torch.Tensor:
+        return torch.cat([sample(bench.teacher, cond, b, contract.timesteps(2, 1000), variant=variant, **options) for b in batches(n, 4)])
+
+    with torch.inference_mode():
+        images, guided = sampled(10), denoiser.guided(bench.teacher.unconditional(1), CONFIG.guidance_scale)
+        teachers = torch.cat(list(generate(bench.teacher, cond, trailing_timesteps(3), seed=0, batch_size=4, denoiser=guided)))
+        middle, real = features(images[..., 16:48, 16:48]), bench.splits["test"].real
+        several = torch.stack([features(images[:5]), features(sampled(5, 1)), features(sampled(5, 2))], dim=1)
+        apart = [1 - torch.cosine_similarity(several[:, i], several[:, j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+        distance = 1 - torch.cosine_similarity(features(images), features(teachers))
+    assert metrics["fd_efficientnet_lite0_crop_real/2_steps"] == pytest.approx(frechet_distance(middle, real.crops), rel=1e-4)
+    assert metrics["diversity/2_steps"] == pytest.approx(float(torch.stack(apart).mean()), rel=1e-4)
+    assert metrics["teacher_distance/2_steps"] == pytest.approx(float(distance.mean()), rel=1e-4) and distance.mean() > 1e-3
+    assert len(shown) == 3 and "unseen_diversity/2_steps" not in metrics
+
+
+def test_several_processes_find_what_one_finds_bit_for_bit(
+    work: Path, reference: Path, manifest: Manifest, teacher: TeacherConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that are started, as in those that are forked
+    student = lora(teacher, 1.0, steps=1)
+    config = CONFIG.model_copy(update={"samples": 6, "unseen_samples": 4, "batch_size": 2, "student_steps": (1,), "teacher_steps": (1,)})
+
+    def evaluated(place: Path | None = None) -> dict[str, Any]:
+        folder = Path(tempfile.mkdtemp(dir=work))
+        prepare_reference(manifest, teacher, config)(folder)
+        where = None if place is None else Place(place, ComputeConfig(processes=2))
+        metrics, grid, write = evaluate_lora(student, teacher, folder, config, where)
+        write(folder)
+        files = {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*.*"))}
+        return {"metrics": metrics, "grid": grid.tobytes().hex(), "files": files}
+
+    (alone,) = on_ranks(1, work / "one", evaluated)
+    assert len(alone["files"]) == 3 + 3 and len(alone["metrics"]) > 40
+    assert on_ranks(2, work / "two", evaluated) == [alone, alone]
+    assert on_ranks(4, work / "four", evaluated) == [alone] * 4  # of which one has no batch
+    place = work / "evaluation.checkpoints"
+    (started,) = on_ranks(1, work / "agent", lambda: evaluated(place))
+    assert started == alone and list(place.iterdir()) == []
+    with pytest.raises(UserError, match="other seed; run prepare_reference again"):  # as in this process
+        evaluate_lora(student, teacher, reference, CONFIG.model_copy(update={"seed": 5}), Place(place, ComputeConfig(processes=2)))
 
 
 def test_contract_is_required(teacher: TeacherConfig) -> None:
@@ -223,7 +286,8 @@ def test_wiring_is_complete() -> None:
     pipeline = create_pipeline()
     models = ("k8", "k4", "k2", "k1", "unified", "unet")
     stages = {f"{kind}_{model}" for kind in ("metrics", "samples") for model in models} | {"metrics_feedback"}
-    assert pipeline.inputs() == {"manifest", "params:teacher", "params:evaluation", *stages}
+    parameters = {f"params:{name}" for name in ("teacher", "evaluation", "compute")}
+    assert pipeline.inputs() == {"manifest", "evaluation.checkpoints", *parameters, *stages}
     assert pipeline.outputs() == {"teacher_grid", "results_table", "results_lines", "results", "results_grid"}
 
 

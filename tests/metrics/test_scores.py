@@ -10,7 +10,7 @@ from PIL import Image
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.metrics.clip_score import OpenClipEncoder, clip_scores, load_clip
 from hypersd_pipeline.metrics.config import ClipConfig, EvaluationConfig, FeatureConfig
-from hypersd_pipeline.metrics.features import EfficientNetLite0, Inception, load_features, metric_name
+from hypersd_pipeline.metrics.features import EfficientNetLite0, Inception, centre_crop, crop_side, load_features, metric_name
 from hypersd_pipeline.metrics.grids import GAP, HEADER, LABEL_WIDTH, labelled_grid, to_pil
 from hypersd_pipeline.metrics.scorer import Scorer
 
@@ -52,6 +52,19 @@ def test_inception_gives_2048_features_from_a_local_file(inception_weights: Path
     extractor = load_features(FeatureConfig(kind="inception", weights=inception_weights, sha256=digest))
     features = extractor(torch.rand(2, 3, 64, 64))
     assert extractor.name == "inception" and features.shape == (2, 2048) and bool(features.isfinite().all())
+    stripes = torch.zeros(1, 3, 598, 598)
+    stripes[..., ::2] = 1  # the network's own resize would see every second column only
+    grey = extractor(torch.full((1, 3, 299, 299), 0.5))
+    small, cut = ((extractor(image) - grey).norm() for image in (stripes, stripes[..., :299, :299]))
+    assert small < 0.1 * cut
+
+
+def test_crops_have_the_images_own_pixels_where_the_network_sees_fewer_and_half_of_a_side_otherwise() -> None:
+    network = EfficientNetLite0(64)
+    assert [crop_side(network, side) for side in (512, 65, 64, 48)] == [64, 64, 32, 24]
+    image = torch.arange(36.0).view(1, 1, 6, 6)
+    assert centre_crop(image, 2).flatten().tolist() == [14, 15, 20, 21]
+    assert centre_crop(image[..., :4], 2).flatten().tolist() == [13, 14, 19, 20]
 
 
 def test_inception_refuses_missing_and_foreign_files(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from ranks import on_ranks
 
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.data.config import DataConfig
@@ -105,6 +106,14 @@ def test_trains_merges_and_measures(world, tmp_path):
     wanted = {"trained_reward", "held_out_reward", "diversity", "mask_ap", "fd_efficientnet_lite0_recon", "clip_score", "image_quality"}
     assert wanted <= metrics["w_1.00"].keys() and plot.width > 300 and grid.width > 3 * 128
 
+    def flat():
+        lines = measure_tradeoff(source, teacher, reference, EVALUATION, lora, feedback, stage)[1]
+        return {f"{line}/{name}": float(v) for line, part in lines.items() if isinstance(part, dict) for name, v in part.items()}
+
+    two, other = on_ranks(2, tmp_path / "two", flat)
+    alone = {f"{line}/{name}": v for line, part in metrics.items() if isinstance(part, dict) for name, v in part.items()}
+    assert two == other == pytest.approx(alone, rel=1e-4, abs=1e-5) and len(two) > 20
+
 
 def test_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path):
     whole, report = train(world, tmp_path / "whole")
@@ -129,7 +138,7 @@ def test_a_measurement_does_not_depend_on_how_many_images_are_held(world):
     for batch_size in (6, 2):
         evaluation = EVALUATION.model_copy(update={"batch_size": batch_size})
         probe = recipe.guard_probe(model, recipe.load_judges(stage, model.device), evaluation, stage, source.latents)
-        held = [len(images) for _, images in probe.sample(model.denoiser(), range(4))]
+        held = [len(images) for _, images in probe.sample(model.denoiser(), 4)]
         assert max(held) <= batch_size and sum(held) == 4
         found.append(probe.measure(model.denoiser()))
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5) and found[0]["distance"] == pytest.approx(0, abs=1e-6)

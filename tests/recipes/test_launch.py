@@ -28,6 +28,7 @@ from hypersd_pipeline.recipes import launch
 from hypersd_pipeline.recipes.distil import distil
 from hypersd_pipeline.recipes.feedback import AnnotatedData
 from hypersd_pipeline.recipes.stage import Outputs
+from hypersd_pipeline.training import processes
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, StageConfig
 from hypersd_pipeline.training.distributed import ComputeConfig
@@ -41,7 +42,7 @@ STAGE = StageConfig(
 JOIN = """
 import sys
 from pathlib import Path
-from hypersd_pipeline.recipes.launch import join
+from hypersd_pipeline.training.processes import join
 folder = Path(sys.argv[1])
 join(folder, lambda: any((folder / "disturbed").glob("*/step-*")) and not any(folder.glob("disturbed/ranks-*")))
 """
@@ -64,7 +65,7 @@ def test_a_killed_rank_and_an_interruption_leave_the_weights_of_an_undisturbed_t
         return distil(latents, teacher, STAGE, Outputs(CheckpointStore(tmp_path / folder), sink, compute), start)
 
     def others():
-        return sorted(child.pid for child in psutil.Process().children() if launch.__name__ in child.cmdline())
+        return sorted(child.pid for child in psutil.Process().children() if processes.__name__ in child.cmdline())
 
     groups, steps = [], []
 
@@ -115,8 +116,8 @@ def test_arguments_of_every_recipe_reach_the_other_processes(made, tmp_path):
         "outputs": Outputs(CheckpointStore(tmp_path / "stage", keep=3, restart=True), print, TWO),
     }
     (tmp_path / "call").mkdir()
-    written = json.loads(json.dumps({name: launch._written(value, tmp_path / "call" / name) for name, value in given.items()}))
-    found = {name: launch._read(value) for name, value in written.items()}
+    written = json.loads(json.dumps({name: processes.written(value, tmp_path / "call" / name) for name, value in given.items()}))
+    found = {name: processes.read(value) for name, value in written.items()}
     for name in ("teacher", "evaluation", "stage", "unified", "pairs", "start"):
         assert found[name] == given[name] and type(found[name]) is type(given[name])
     source, back = given["source"], found["source"]

@@ -124,7 +124,7 @@ def test_the_start_is_the_sum_of_both_loras(world, start):
 def unified(world, path, stage, start=None, stream=quiet):
     folder = path.parent / "pairs"
     folder.mkdir(exist_ok=True)
-    make_pairs(world[1], world[0], stage, start)(folder)
+    make_pairs(world[1], world[0], stage, Outputs(CheckpointStore(path), quiet), start)(folder)
     return train_unified(world[1], world[0], stage, folder, Outputs(CheckpointStore(path), stream), start)
 
 
@@ -148,7 +148,7 @@ def test_it_trains_with_and_without_start_and_consistency(world, start, tmp_path
 
 def test_pairs_of_something_else_are_refused(world, start, tmp_path):
     stage = one_step({"regression": REGRESSION})
-    make_pairs(world[1], world[0], stage)(tmp_path)
+    make_pairs(world[1], world[0], stage, Outputs(CheckpointStore(tmp_path / "c"), quiet))(tmp_path)
     for train in (train_unet, train_unified):
         with pytest.raises(UserError, match="made with another model or other settings"):
             train(world[1], world[0], stage, tmp_path, Outputs(CheckpointStore(tmp_path / "c"), quiet), start)
@@ -337,7 +337,7 @@ def dedicated(world, path, start=None, stream=quiet, terms=None, **more):
     folder = path.parent / "pairs"
     folder.mkdir(exist_ok=True)
     stage = one_step(terms, **{"sample": {"timestep": 800}, "loop": {**LOOP, "learning_rate": 1e-3}, **more})
-    make_pairs(world[1], world[0], stage, start)(folder)
+    make_pairs(world[1], world[0], stage, Outputs(CheckpointStore(path), quiet), start)(folder)
     return train_unet(world[1], world[0], stage, folder, Outputs(CheckpointStore(path), stream), start)
 
 
@@ -442,7 +442,7 @@ def test_the_unet_takes_all_terms(world, start, tmp_path):
 def test_a_timestep_beyond_the_schedule_is_refused_before_pairs_are_made(world, tmp_path):
     stage = one_step({"regression": REGRESSION}, sample={"timestep": 1000})
     with pytest.raises(UserError, match=r"timestep is 1000, but the teacher's timesteps end at 999"):
-        make_pairs(world[1], world[0], stage)(tmp_path)
+        make_pairs(world[1], world[0], stage, Outputs(CheckpointStore(tmp_path / "c"), quiet))(tmp_path)
     assert not list(tmp_path.iterdir())
     for train in (train_unified, train_unet):
         with pytest.raises(UserError, match="timestep is 1000"):

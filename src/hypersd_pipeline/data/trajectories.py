@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hypersd_pipeline.config import Count, Guidance, Seed, Steps, Strict
@@ -58,7 +59,12 @@ class NoisePairs:
 
 
 def make_noise_pairs(
-    latents: LatentCache, teacher: TeacherConfig, pairs: NoisePairsConfig | None, start: LoRA | None = None
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    pairs: NoisePairsConfig | None,
+    start: LoRA | None,
+    parts: Path,
+    walk: Callable[[], None],
 ) -> Callable[[Path], None]:
     """A writer of the pairs. It writes nothing where none are needed (``pairs`` is None), or where they are there already.
 
@@ -66,8 +72,9 @@ def make_noise_pairs(
 
     Args:
         start: the LoRA of the ``distilled`` model.
+        walk: makes all that is missing in ``parts`` (`walk_noise_pairs`). A walk that was interrupted goes on there.
     """
-    return functools.partial(_write, latents=latents, teacher=teacher, config=pairs, start=start)
+    return functools.partial(_write, latents=latents, teacher=teacher, config=pairs, start=start, parts=parts, walk=walk)
 
 
 def noise_pairs_key(pairs: NoisePairsConfig, latents: LatentCache, model: Teacher, start: LoRA | None) -> str:
@@ -97,11 +104,18 @@ def _key_of(path: Path) -> str | None:
         return (file.metadata() or {}).get("key")
 
 
-@torch.no_grad()
-def _write(folder: Path, latents: LatentCache, teacher: TeacherConfig, config: NoisePairsConfig | None, start: LoRA | None) -> None:
+def _write(
+    folder: Path,
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    config: NoisePairsConfig | None,
+    start: LoRA | None,
+    parts: Path,
+    walk: Callable[[], None],
+) -> None:
     if config is None:
         return
-    model = load_teacher(teacher, parts=("backbone",))
+    model = load_teacher(teacher, parts=())
     latents.require_teacher(model)
     key, path = noise_pairs_key(config, latents, model, start), folder / FILE
     for made in (path, *sorted(folder.parent.glob(f"*/{FILE}"))):
@@ -110,22 +124,62 @@ def _write(folder: Path, latents: LatentCache, teacher: TeacherConfig, config: N
             if made != path:
                 with replacing_file(path) as temporary:
                     shutil.copyfile(made, temporary)
+            shutil.rmtree(parts, ignore_errors=True)  # of a walk that was interrupted
             return
+    walk()
+    rows, noise = _drawn(latents, config)
+    targets = [load_file(_part(parts, key, batch))["target"] for batch in _batches(config)]
+    write_tensors(path, {"noise": noise, "target": torch.cat(targets), "rows": rows}, {"key": key})
+    shutil.rmtree(parts)
+
+
+@torch.no_grad()
+def walk_noise_pairs(
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    config: NoisePairsConfig,
+    start: LoRA | None,
+    parts: Path,
+    mine: Callable[[Sequence[range]], Sequence[range]],
+) -> None:
+    """Walk from the noise of the batches that ``parts`` does not have yet. Each batch's targets are a file there.
+
+    Args:
+        mine: which of the batches this process walks.
+    """
+    key = noise_pairs_key(config, latents, load_teacher(teacher, parts=()), start)
+    missing = [batch for batch in mine(_batches(config)) if not _part(parts, key, batch).is_file()]
+    if not missing:
+        return
+    model = load_teacher(teacher, parts=("backbone",))
+    latents.require_teacher(model)
     if config.source == "distilled" and start is not None:
         merge_lora(model.backbone.module, start)
     if config.mixed_precision == "bf16":
         model.backbone.hold_in(torch.bfloat16)
-    write_tensors(path, _walk(latents, model, config), {"key": key})
-
-
-def _walk(latents: LatentCache, model: Teacher, config: NoisePairsConfig) -> dict[str, Tensor]:
-    data, generator = latents.split("train"), torch.Generator().manual_seed(config.seed)
-    rows = torch.randint(len(data), (config.count,), generator=generator)
-    noise = torch.randn(config.count, *data.latent_shape, generator=generator)
-    grid, targets = model.process.trailing_timesteps(config.steps), []
-    for part, z in zip(rows.split(config.batch_size), noise.split(config.batch_size), strict=True):
+    parts.mkdir(parents=True, exist_ok=True)
+    data, (rows, noise), grid = latents.split("train"), _drawn(latents, config), model.process.trailing_timesteps(config.steps)
+    for batch in missing:
+        part, z = rows[batch.start : batch.stop], noise[batch.start : batch.stop]
         cond, denoiser = data.conditioning(part).to(model.device), model.denoiser().in_bf16(config.mixed_precision == "bf16")
         if config.source == "teacher" and config.guidance_scale != 1:
             denoiser = denoiser.guided(data.unconditional(len(part), cond.sizes).to(model.device), config.guidance_scale)
-        targets.append(sample_ddim(denoiser, z.to(model.device), cond, grid).float().cpu())
-    return {"noise": noise, "target": torch.cat(targets), "rows": rows}
+        target = sample_ddim(denoiser, z.to(model.device), cond, grid).float().cpu()
+        write_tensors(_part(parts, key, batch), {"target": target})
+
+
+def _drawn(latents: LatentCache, config: NoisePairsConfig) -> tuple[Tensor, Tensor]:
+    """Rows int64 ``[n]`` and noise ``[n, c, h, w]`` of all pairs."""
+    data, generator = latents.split("train"), torch.Generator().manual_seed(config.seed)
+    rows = torch.randint(len(data), (config.count,), generator=generator)
+    return rows, torch.randn(config.count, *data.latent_shape, generator=generator)
+
+
+def _batches(config: NoisePairsConfig) -> list[range]:
+    size = config.batch_size
+    return [range(start, min(start + size, config.count)) for start in range(0, config.count, size)]
+
+
+def _part(parts: Path, key: str, batch: range) -> Path:
+    """Another key or batch size has files of its own."""
+    return parts / f"{key[:16]}-{batch.start:08d}-{batch.stop:08d}.safetensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -17,18 +18,28 @@ from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.data.rows import Manifest
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.evaluation.reference import SPLITS, SplitReference, make_split, read_reference, reference_key, write_reference
+from hypersd_pipeline.evaluation.reference import (
+    SPLITS,
+    SplitReference,
+    make_split,
+    read_reference,
+    reference_key,
+    teachers_way,
+    write_reference,
+)
 from hypersd_pipeline.evaluation.samples import steps_label, write_samples
-from hypersd_pipeline.evaluation.sampling import generate
+from hypersd_pipeline.evaluation.scoring import Way, diversity, score_samples
 from hypersd_pipeline.metrics.clip_score import clip_scores
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.metrics.frechet import frechet_estimate, mean_estimate
-from hypersd_pipeline.metrics.grids import labelled_grid, to_pil
+from hypersd_pipeline.metrics.grids import labelled_grid
 from hypersd_pipeline.metrics.scorer import Scorer, Scores
 from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA, merge_lora
 from hypersd_pipeline.models.one_step import read_contract, read_network
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
+from hypersd_pipeline.training import distributed
+from hypersd_pipeline.training.processes import Place, on_processes
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +47,23 @@ Metrics = dict[str, float]
 FolderWriter = Callable[[Path], None]
 
 
-def prepare_reference(manifest: Manifest, teacher: TeacherConfig, evaluation: EvaluationConfig) -> FolderWriter:
-    """Prompts and features of real test images and of the teacher's reconstructions of them. Splits stay apart.
+@on_processes
+def prepare_reference(manifest: Manifest, teacher: TeacherConfig, evaluation: EvaluationConfig, place: Place | None = None) -> FolderWriter:
+    """Prompts and features of real test images, of the teacher's reconstructions of them, and of its own samples. Splits stay apart.
 
     Returns:
         A writer of the folder ``evaluation_reference``.
 
+    Args:
+        place: see `on_processes`. The other evaluations have it too.
+
     Raises:
         UserError: the data set has no split ``test``, or fewer than four rows in a split.
     """
-    loaded = load_teacher(teacher, parts=("vae",))
+    loaded = load_teacher(teacher)
+    key = {**reference_key(evaluation, loaded), "data": manifest.key}
+    if evaluation.mixed_precision == "bf16":
+        loaded.backbone.hold_in(torch.bfloat16)
     scorer = Scorer(evaluation, loaded.device)
     splits = {}
     for name, n in zip(SPLITS, (evaluation.samples, evaluation.unseen_samples), strict=True):
@@ -59,7 +77,7 @@ def prepare_reference(manifest: Manifest, teacher: TeacherConfig, evaluation: Ev
             )
         splits[name] = make_split(manifest, name, n, loaded, scorer, evaluation)
         log.info("Evaluation reference: %d of %d images of '%s'", len(splits[name]), rows, name)
-    return functools.partial(write_reference, splits=splits, key={**reference_key(evaluation, loaded), "data": manifest.key})
+    return functools.partial(write_reference, splits=splits, key=key)
 
 
 @dataclass
@@ -88,34 +106,37 @@ class Bench:
         return self.teacher.denoiser().in_bf16(self.config.mixed_precision == "bf16")
 
     def row(self, split: str, steps: int, contract: Contract, guidance_scale: float = 1.0) -> tuple[Metrics, list[Image.Image]]:
-        """Metrics of one number of steps on one split, and the images of the first ``grid_prompts`` prompts."""
-        denoiser = self.denoiser()
-        if guidance_scale != 1:
-            denoiser = denoiser.guided(self.teacher.unconditional(1), guidance_scale)
-        batches = generate(
-            self.teacher,
-            self.cond[split],
-            contract.timesteps(steps, self.teacher.process.num_train_timesteps),
-            seed=self.config.seed,
-            batch_size=self.config.batch_size,
-            denoiser=denoiser,
-            eta=contract.eta,
-            to_clean=contract.only_timestep is not None,
-        )
-        shown: list[Image.Image] = []
-        scores = self.scorer.score_all(watched(batches, shown, self.config.grid_prompts), self.splits[split].prompts)
-        metrics = self.metrics_of(split, f"{steps}_steps", scores)
-        log.info(
-            "%s, %d steps: %s",
-            split,
-            steps,
-            ", ".join(f"{k.split('/')[0]} {v:.2f}" for k, v in metrics.items() if not k.endswith(("_low", "_high"))),
-        )
+        """Metrics of one number of steps on one split, and the images of the first ``grid_prompts`` prompts.
+
+        Several processes sample and score a share of the batches each. All of them have the same metrics afterwards.
+        """
+        way = Way(contract, steps, guidance_scale)
+        return self._row(split, way, *score_samples(self.teacher, self.scorer, self.config, *self._prompts(split), way))
+
+    def teachers_row(self, split: str) -> tuple[Metrics, list[Image.Image]]:
+        """As `row`, of the teacher's samples in the reference."""
+        reference = self.splits[split]
+        return self._row(split, teachers_way(self.config), reference.teacher, reference.shown)
+
+    def _prompts(self, split: str) -> tuple[list[str], Conditioning]:
+        return self.splits[split].prompts, self.cond[split]
+
+    def _row(self, split: str, way: Way, scores: Scores, shown: list[Image.Image]) -> tuple[Metrics, list[Image.Image]]:
+        label, options = f"{way.steps}_steps", {"resamples": self.config.bootstrap, "seed": self.config.seed}
+        metrics = self.metrics_of(split, label, scores)
+        apart = 1 - F.cosine_similarity(scores.features, self.splits[split].teacher.features, dim=-1)
+        metrics |= mean_estimate(apart, **options).flat(f"{_prefix(split)}teacher_distance/{label}")
+        if split == "test":
+            varied = diversity(self.teacher, self.scorer, self.config, scores.features, self.cond[split], way)
+            metrics |= mean_estimate(varied, **options).flat(f"diversity/{label}")
+        if distributed.is_first():
+            values = ", ".join(f"{k.split('/')[0]} {v:.2f}" for k, v in metrics.items() if not k.endswith(("_low", "_high")))
+            log.info("%s, %d steps: %s", split, way.steps, values)
         return metrics, shown
 
     def metrics_of(self, split: str, row: str, scores: Scores, against: tuple[str, ...] = ("real", "recon")) -> Metrics:
         """Flat metrics ``<name>/<row>`` with ``_low`` and ``_high``. Names begin with ``unseen_`` where the split is ``test_unseen``."""
-        prefix = "unseen_" if split == "test_unseen" else ""
+        prefix = _prefix(split)
         options: dict[str, Any] = {"resamples": self.config.bootstrap, "seed": self.config.seed}
         metrics: Metrics = {}
         for kind in against:
@@ -125,51 +146,63 @@ class Bench:
         metrics |= mean_estimate(clip, **options).flat(f"{prefix}clip_score/{row}")
         for name, values in {**({"image_quality": scores.quality} if self.config.image_quality else {}), **scores.rewards}.items():
             metrics |= mean_estimate(values, **options).flat(f"{prefix}{name}/{row}")
+        for kind in against:
+            other = getattr(self.splits[split], kind).crops
+            name = f"{prefix}{self.scorer.distance}_crop_{kind}/{row}"
+            metrics |= frechet_estimate(scores.crops, other, paired=True, **options).flat(name)
         return metrics
 
 
-def watched(batches: Iterable[Tensor], shown: list[Image.Image], n: int) -> Iterable[Tensor]:
-    """Pass batches on and keep the first ``n`` images."""
-    for batch in batches:
-        shown.extend(to_pil(image) for image in batch[: n - len(shown)])
-        yield batch
+def _prefix(split: str) -> str:
+    return "unseen_" if split == "test_unseen" else ""
 
 
 def _evaluate(
-    bench: Bench, steps: Iterable[int], contract: Contract, guidance_scale: float = 1.0
+    bench: Bench, steps: Iterable[int], contract: Contract, row: Callable[[str, int], tuple[Metrics, list[Image.Image]]]
 ) -> tuple[Metrics, Image.Image, FolderWriter]:
     if bench.config.mixed_precision == "bf16":
         bench.teacher.backbone.hold_in(torch.bfloat16)
     metrics: Metrics = {}
     samples: dict[int, list[Image.Image]] = {}
     for n in sorted({*steps, contract.steps}):
-        row, samples[n] = bench.row("test", n, contract, guidance_scale)
-        metrics |= row
+        values, samples[n] = row("test", n)
+        metrics |= values
     metrics["samples"] = len(bench.splits["test"])
     if "test_unseen" in bench.splits:
-        metrics |= bench.row("test_unseen", contract.steps, contract, guidance_scale)[0]
+        metrics |= row("test_unseen", contract.steps)[0]
         metrics["unseen_samples"] = len(bench.splits["test_unseen"])
     prompts = bench.splits["test"].prompts[: bench.config.grid_prompts]
     grid = labelled_grid([(steps_label(n), images) for n, images in samples.items()], prompts)
     return metrics, grid, functools.partial(write_samples, samples=samples)
 
 
-def evaluate_teacher(teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig) -> tuple[Metrics, Image.Image, FolderWriter]:
+@on_processes
+def evaluate_teacher(
+    teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig, place: Place | None = None
+) -> tuple[Metrics, Image.Image, FolderWriter]:
     """The teacher with guidance at each of ``teacher_steps``, and the real images and reconstructions themselves as rows.
+
+    Its samples at the most steps are those of the reference.
 
     Returns:
         Flat metrics (``fd_efficientnet_lite0_recon/25_steps`` ..., rows ``real`` and ``recon`` besides), the image grid, a writer of
         the images.
     """
     bench = Bench.load(teacher, reference, evaluation)
-    metrics, grid, samples = _evaluate(bench, evaluation.teacher_steps, Contract(max(evaluation.teacher_steps)), evaluation.guidance_scale)
+    best = teachers_way(evaluation)
+
+    def row(split: str, steps: int) -> tuple[Metrics, list[Image.Image]]:
+        return bench.teachers_row(split) if steps == best.steps else bench.row(split, steps, best.contract, best.guidance_scale)
+
+    metrics, grid, samples = _evaluate(bench, evaluation.teacher_steps, best.contract, row)
     for name, split in bench.splits.items():
         metrics |= bench.metrics_of(name, "recon", split.recon, against=("real",)) | bench.metrics_of(name, "real", split.real, against=())
     return metrics, grid, samples
 
 
+@on_processes
 def evaluate_lora(
-    lora: LoRA, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig
+    lora: LoRA, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig, place: Place | None = None
 ) -> tuple[Metrics, Image.Image, FolderWriter]:
     """A LoRA without guidance, on its contract's grid, at each of ``student_steps``, and at its own number on unseen names.
 
@@ -183,13 +216,14 @@ def evaluate_lora(
     contract = Contract.of(lora)
     bench = Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
     merge_lora(bench.teacher.backbone.module, lora)
-    return _evaluate(bench, evaluation.student_steps, contract)
+    return _evaluate(bench, evaluation.student_steps, contract, lambda split, n: bench.row(split, n, contract))
 
 
+@on_processes
 def evaluate_unet(
-    unet: Path, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig
+    unet: Path, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig, place: Place | None = None
 ) -> tuple[Metrics, Image.Image, FolderWriter]:
     """The dedicated one-step UNet at its own time input. As `evaluate_lora`."""
     bench = Bench.load(teacher, reference, evaluation, read_contract(unet)["data_rows"])
-    contract = read_network(unet, bench.teacher.backbone)
-    return _evaluate(bench, (1,), Contract(1, only_timestep=contract["timesteps"][0]))
+    contract = Contract(1, only_timestep=read_network(unet, bench.teacher.backbone)["timesteps"][0])
+    return _evaluate(bench, (1,), contract, lambda split, n: bench.row(split, n, contract))

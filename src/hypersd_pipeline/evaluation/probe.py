@@ -11,11 +11,12 @@ from torch import Tensor
 from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.sampling import sample_ddim
-from hypersd_pipeline.evaluation.sampling import prompt_noise
+from hypersd_pipeline.evaluation.sampling import batches, prompt_noise
 from hypersd_pipeline.metrics.diversity import pairwise_distance
 from hypersd_pipeline.metrics.features import FeatureExtractor
 from hypersd_pipeline.models.teacher import Teacher
 from hypersd_pipeline.rewards import Reward
+from hypersd_pipeline.training import distributed
 from hypersd_pipeline.training.guard import HELD_OUT, TRAINED
 
 
@@ -69,11 +70,13 @@ class Probe:
     _reference: Tensor | None = field(default=None, init=False)
 
     @torch.no_grad()
-    def sample(self, denoiser: Denoiser, indices: range, variant: int = 0) -> Iterator[tuple[list[str], Tensor]]:
-        """Batches of prompts and their images ``[b, 3, r, r]`` in [0, 1]. Only one is held at a time."""
+    def sample(self, denoiser: Denoiser, n: int, variant: int = 0) -> Iterator[tuple[list[str], Tensor]]:
+        """The first ``n`` prompts in batches, with their images ``[b, 3, r, r]`` in [0, 1].
+
+        Only one batch is held at a time. Each process makes its share of them.
+        """
         grid = denoiser.process.trailing_timesteps(self.steps)
-        for start in range(indices.start, indices.stop, self.batch_size):
-            rows = range(start, min(start + self.batch_size, indices.stop))
+        for rows in distributed.mine(batches(n, self.batch_size)):
             noise = prompt_noise(rows, self.model.latent_shape, self.seed, draw=1000 * variant).to(self.model.device)
             part = slice(rows.start, rows.stop)
             latents = sample_ddim(denoiser, noise, self.cond[part].to(self.model.device), grid)
@@ -81,25 +84,30 @@ class Probe:
 
     @torch.no_grad()
     def measure(self, denoiser: Denoiser, distilled: Denoiser | None = None) -> dict[str, float]:
-        """Rewards, ``diversity`` and ``distance`` (cosine, between features) to the images of ``distilled`` or of the first measurement."""
+        """Rewards, ``diversity`` and ``distance`` (cosine, between features) to the images of ``distilled`` or of the first measurement.
+
+        Several processes measure together, and all of them have the same metrics.
+        """
         if self._reference is None and distilled is not None:
-            self._reference = self._features(distilled, range(len(self.prompts)))
+            self._reference = self._features(distilled, len(self.prompts))
+        made = [
+            (len(prompts), self.judges.judged(images, prompts), self.features(images).cpu())
+            for prompts, images in self.sample(denoiser, len(self.prompts))
+        ]
+        made = distributed.gathered(made)
         sums: dict[str, float] = {}
-        parts, held_out = [], []
-        for prompts, images in self.sample(denoiser, range(len(self.prompts))):
-            means, each = self.judges.judged(images, prompts)
-            held_out.append(each)
+        for n, (means, _), _ in made:
             for name, value in means.items():
-                sums[name] = sums.get(name, 0.0) + value * len(prompts)
-            parts.append(self.features(images))
-        features, self.held_out = torch.cat(parts), torch.cat(held_out)
+                sums[name] = sums.get(name, 0.0) + value * n
+        features = torch.cat([part for _, _, part in made])
+        self.held_out = torch.cat([each.cpu() for _, (_, each), _ in made])
         self._reference = features if self._reference is None else self._reference
         distance = 1 - torch.nn.functional.cosine_similarity(features, self._reference, dim=-1).mean()
-        few = range(max(1, len(self.prompts) // 4))
-        variants = [features[: len(few)], *(self._features(denoiser, few, v) for v in range(1, self.variants))]
+        few = max(1, len(self.prompts) // 4)
+        variants = [features[:few], *(self._features(denoiser, few, v) for v in range(1, self.variants))]
         diversity = pairwise_distance(torch.stack(variants, dim=1)).mean()
         means = {name: total / len(self.prompts) for name, total in sums.items()}
         return {**means, "diversity": float(diversity), "distance": float(distance)}
 
-    def _features(self, denoiser: Denoiser, indices: range, variant: int = 0) -> Tensor:
-        return torch.cat([self.features(images) for _, images in self.sample(denoiser, indices, variant)])
+    def _features(self, denoiser: Denoiser, n: int, variant: int = 0) -> Tensor:
+        return torch.cat(distributed.gathered([self.features(images).cpu() for _, images in self.sample(denoiser, n, variant)]))

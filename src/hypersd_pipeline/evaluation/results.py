@@ -25,7 +25,11 @@ _TITLES = {
     "image_reward": "ImageReward",
     "pick_score": "PickScore",
     "hps_v2": "HPS v2",
+    "diversity": "diversity",
+    "teacher_distance": "distance to the teacher's samples",
 }
+_SHORT = ("diversity", "teacher_distance")
+"""Metrics that the table shows without their interval, so that it does not get too wide."""
 
 
 MODELS = {"k8": (8,), "k4": (4,), "k2": (2,), "k1": (1,), "feedback": (4,), "unified": (1, 2, 4, 8), "unet": (1,)}
@@ -89,16 +93,22 @@ def markdown(frame: pd.DataFrame, config: EvaluationConfig) -> str:
                 f"{part.samples.iloc[0]} prompts, seed {config.seed}, noise shared by all rows. The teacher is sampled with DDIM on "
                 f"the trailing grid, guidance scale {config.guidance_scale:g}; each model as its card says, without guidance."
             )
-            parts.append(f"## {title}\n\n{how}\n\n{_pivot(part)}\n")
+            on_crops = part.metric.str.contains("_crop_")
+            parts.append(f"## {title}\n\n{how}\n\n{_pivot(part[~on_crops])}\n")
+            if on_crops.any():
+                parts.append(f"### Details: the middle of each image at its own resolution\n\n{_pivot(part[on_crops])}\n")
     return "\n".join(parts)
 
 
 def _pivot(part: pd.DataFrame) -> str:
-    metrics = list(dict.fromkeys(part.metric))
+    """Rows are models and numbers of steps, columns are metrics, the short ones last."""
+    metrics = sorted(dict.fromkeys(part.metric), key=lambda metric: metric in _SHORT)
     head = ["model", "steps", *(_title(m) for m in metrics)]
     lines = [head, ["-"] * len(head)]
     for (model, row), group in part.groupby(["model", "row"], sort=False):
-        cells = {r.metric: f"{r.value:.4g} [{r.low:.4g}, {r.high:.4g}]" for r in group.itertuples()}
+        cells = {
+            r.metric: f"{r.value:.3f}" if r.metric in _SHORT else f"{r.value:.4g} [{r.low:.4g}, {r.high:.4g}]" for r in group.itertuples()
+        }
         label = {"real": ("real images", "-"), "recon": ("VAE reconstructions", "-")}.get(
             str(row), (model, str(row).removesuffix("_steps"))
         )
@@ -109,7 +119,8 @@ def _pivot(part: pd.DataFrame) -> str:
 def _title(metric: str) -> str:
     for suffix, words in (("_real", " to real"), ("_recon", " to reconstructions")):
         if metric.endswith(suffix):
-            return _TITLES.get(metric.removesuffix(suffix), metric.removesuffix(suffix)) + words
+            name, crop = metric.removesuffix(suffix), " on crops" if metric.endswith(f"_crop{suffix}") else ""
+            return _TITLES.get(name.removesuffix("_crop"), name) + crop + words
     return _TITLES.get(metric, metric)
 
 

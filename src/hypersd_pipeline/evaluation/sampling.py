@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,37 +22,49 @@ def prompt_noise(indices: range, shape: tuple[int, int, int], seed: int, draw: i
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
-def generate(
+def batches(n: int, batch_size: int) -> list[range]:
+    """The numbers 0 to ``n - 1`` in batches."""
+    return [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+
+
+def sample(
     teacher: Teacher,
     cond: Conditioning,
+    indices: range,
     timesteps: Tensor,
     *,
     seed: int,
-    batch_size: int,
-    denoiser: Denoiser | None = None,
+    denoiser: Denoiser,
     eta: float = 0.0,
     to_clean: bool = False,
-) -> Iterator[Tensor]:
-    """Sample one image per prompt, batch by batch, with DDIM or, for an ``eta`` above 0, as TCDScheduler does.
+    variant: int = 0,
+) -> Tensor:
+    """One image for each of some prompts, with DDIM or, for an ``eta`` above 0, as TCDScheduler does.
 
     Args:
-        timesteps: int64, falling. to_clean: see `sample_ddim`. cond: of ``n`` prompts.
-        denoiser: the teacher's own without guidance, unless given.
+        cond: of all prompts. timesteps: int64, falling. to_clean: see `sample_ddim`.
+        variant: which of the images of a prompt. Each has noise of its own.
 
-    Yields:
+    Returns:
         ``[b, 3, r, r]`` in [0, 1], float32.
     """
-    shape, denoiser = teacher.latent_shape, denoiser or teacher.denoiser()
-    for start in range(0, len(cond), batch_size):
-        indices = range(start, min(start + batch_size, len(cond)))
-        x_T = prompt_noise(indices, shape, seed).to(teacher.device)
 
-        def noise(step: int, indices: range = indices) -> Tensor:
-            return prompt_noise(indices, shape, seed, draw=step + 1).to(teacher.device)
+    def noise(draw: int) -> Tensor:
+        return prompt_noise(indices, teacher.latent_shape, seed, draw=1000 * variant + draw).to(teacher.device)
 
-        with torch.inference_mode():
-            latents = sample_ddim(
-                denoiser, x_T, cond[slice(indices.start, indices.stop)], timesteps, eta=eta, noise=noise, to_clean=to_clean
-            )
-            images = teacher.decode(latents)
-        yield images
+    with torch.inference_mode():
+        part = cond[slice(indices.start, indices.stop)]
+        latents = sample_ddim(denoiser, noise(0), part, timesteps, eta=eta, noise=lambda step: noise(step + 1), to_clean=to_clean)
+        return teacher.decode(latents)
+
+
+def generate(
+    teacher: Teacher, cond: Conditioning, timesteps: Tensor, *, seed: int, batch_size: int, denoiser: Denoiser | None = None, **options: Any
+) -> Iterator[Tensor]:
+    """Sample one image per prompt, batch by batch.
+
+    Args:
+        denoiser: the teacher's own without guidance, unless given. options: see `sample`.
+    """
+    for indices in batches(len(cond), batch_size):
+        yield sample(teacher, cond, indices, timesteps, seed=seed, denoiser=denoiser or teacher.denoiser(), **options)

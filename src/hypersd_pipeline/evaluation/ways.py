@@ -15,6 +15,7 @@ from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.contract import Contract, Grid
 from hypersd_pipeline.models.lora import LoRA, merge_lora
 from hypersd_pipeline.models.teacher import TeacherConfig
+from hypersd_pipeline.training.processes import Place, on_processes
 
 
 class SamplingWaysConfig(Strict):
@@ -25,8 +26,14 @@ class SamplingWaysConfig(Strict):
     steps: tuple[Steps, ...] = Field(default=(1, 2, 4, 8), min_length=1)
 
 
+@on_processes
 def measure_sampling(
-    lora: LoRA, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig, sampling: SamplingWaysConfig
+    lora: LoRA,
+    teacher: TeacherConfig,
+    reference: Path,
+    evaluation: EvaluationConfig,
+    sampling: SamplingWaysConfig,
+    place: Place | None = None,
 ) -> tuple[pd.DataFrame, str]:
     """Metrics of a LoRA for each grid, eta and number of steps. Where two ways are the same (one step), they are measured once.
 

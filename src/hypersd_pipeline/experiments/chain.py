@@ -28,6 +28,8 @@ from hypersd_pipeline.recipes.tradeoff import measure_tradeoff
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, StageConfig
 from hypersd_pipeline.training.cost import prepared_forwards
+from hypersd_pipeline.training.distributed import ComputeConfig
+from hypersd_pipeline.training.processes import Place
 
 Metrics = dict[str, float]
 
@@ -66,6 +68,12 @@ class Setting:
     evaluation: EvaluationConfig
     checkpoints: CheckpointStore
     records: Records
+    compute: ComputeConfig | None = None
+
+    @property
+    def place(self) -> Place | None:
+        """Where the processes of an evaluation meet."""
+        return None if self.compute is None else Place(self.checkpoints.path, self.compute)
 
     def conditions(self) -> list[Any]:
         """What a record depends on besides its stages: the teacher's weights, the data, and how it is evaluated."""
@@ -85,7 +93,7 @@ def run_cells(cells: Sequence[Cell], seeds: Sequence[int], setting: Setting) -> 
     shared = setting.conditions()
 
     def teacher_metrics() -> Metrics:
-        return evaluate_teacher(setting.teacher, setting.reference, setting.evaluation)[0]
+        return evaluate_teacher(setting.teacher, setting.reference, setting.evaluation, setting.place)[0]
 
     frames = [frame_of("teacher", 0, setting.records.once("teacher", fingerprint(shared), {}, teacher_metrics))]
     tradeoff: list[dict[str, Any]] = []
@@ -149,7 +157,7 @@ class Chain:
             def live(values: Mapping[str, float], step: int) -> None:
                 stream(values, offset + step)
 
-            outputs = Outputs(s.checkpoints, live)
+            outputs = Outputs(s.checkpoints, live, s.compute)
             if isinstance(stage, FeedbackConfig):
                 evaluate, report = self._train_feedback(stage, outputs)
             elif isinstance(stage, OneStepConfig):
@@ -163,7 +171,7 @@ class Chain:
 
     def _evaluation_of(self, lora: LoRA) -> Any:
         s = self.setting
-        return lambda: evaluate_lora(lora, s.teacher, s.reference, s.evaluation)[0]
+        return lambda: evaluate_lora(lora, s.teacher, s.reference, s.evaluation, s.place)[0]
 
     def _train_feedback(self, stage: FeedbackConfig, outputs: Outputs) -> tuple[Any, Metrics]:
         s, lora = self.setting, self.lora
@@ -173,7 +181,7 @@ class Chain:
 
         def evaluate() -> Metrics:
             """Of both LoRAs together, and the trade-off."""
-            lines = measure_tradeoff(s.source, s.teacher, s.reference, s.evaluation, lora, tuned, stage)[1]
+            lines = measure_tradeoff(s.source, s.teacher, s.reference, s.evaluation, lora, tuned, stage, s.place)[1]
             flat = {f"{w}/{name}": value for w, line in lines.items() if isinstance(line, dict) for name, value in line.items()}
             return {**self._evaluation_of(combine(lora, tuned, 1.0))(), **flat}
 
@@ -183,14 +191,14 @@ class Chain:
         s = self.setting
         start = self.lora if self.lora is None or self.feedback is None else choose_start(self.lora, self.feedback, stage)
         pairs = self._folder("pairs", model)
-        make_pairs(s.source.latents, s.teacher, stage, start)(pairs)
+        make_pairs(s.source.latents, s.teacher, stage, outputs, start)(pairs)
         if model != "unet":
             lora, report = train_unified(s.source.latents, s.teacher, stage, pairs, outputs, start)
             return self._evaluation_of(lora), report
         write, report = train_unet(s.source.latents, s.teacher, stage, pairs, outputs, start)
         folder = self._folder("unets", model)
         write(folder)
-        return lambda: evaluate_unet(folder, s.teacher, s.reference, s.evaluation)[0], report
+        return lambda: evaluate_unet(folder, s.teacher, s.reference, s.evaluation, s.place)[0], report
 
     def _folder(self, kind: str, model: str) -> Path:
         cell = re.sub("[^A-Za-z0-9]+", "_", self.cell.name)

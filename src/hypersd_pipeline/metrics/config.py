@@ -10,7 +10,18 @@ from hypersd_pipeline.metrics.clip_score import ClipConfig
 from hypersd_pipeline.metrics.features import FeatureConfig
 from hypersd_pipeline.rewards import RewardConfig
 
-__all__ = ["ClipConfig", "EvaluationConfig", "FeatureConfig"]
+__all__ = ["ClipConfig", "DiversityConfig", "EvaluationConfig", "FeatureConfig"]
+
+
+class DiversityConfig(Strict):
+    """Images of the same prompt, for the metric ``diversity``.
+
+    Attributes:
+        prompts: the first ones of the split ``test``. seeds: images of each, one of which is that of the other metrics.
+    """
+
+    prompts: int = Field(default=10, ge=2, le=10**6)
+    seeds: int = Field(default=2, ge=2, le=1000)
 
 
 class EvaluationConfig(Strict):
@@ -22,6 +33,7 @@ class EvaluationConfig(Strict):
         mixed_precision: ``bf16`` samples with the network in bf16 by autocast. The VAE and all metrics stay as they are.
         rewards: measured besides, each a metric with the name of its kind. They see images and prompts.
         image_quality: whether the packaged image-quality head is a metric. It knows the embedded data only.
+        diversity: how many images of a prompt are compared with each other, and of how many prompts.
         bootstrap: resamples for the intervals.
         grid_prompts: rows of the image grids.
     """
@@ -37,6 +49,7 @@ class EvaluationConfig(Strict):
     clip: ClipConfig = ClipConfig()
     rewards: tuple[RewardConfig, ...] = ()
     image_quality: bool = True
+    diversity: DiversityConfig = DiversityConfig()
     bootstrap: int = Field(default=1000, ge=100, le=10**6)
     grid_prompts: int = Field(default=8, ge=1, le=1000)
     seed: Seed = 0

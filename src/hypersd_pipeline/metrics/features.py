@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -50,9 +51,11 @@ class FeatureExtractor(Protocol):
 
     Attributes:
         name: the metric's name says it: ``fd_<name>``, or ``fid_inception``, the only one that is the FID.
+        side: pixels of the square to which it resizes images.
     """
 
     name: str
+    side: int
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
@@ -67,14 +70,17 @@ class EfficientNetLite0:
 
         if trunk is None:
             trunk = load_efficientnet_(timm.create_model("tf_efficientnet_lite0", num_classes=0)).eval().requires_grad_(False)
-        self.trunk, self.resolution = trunk.to(device), resolution
+        self.trunk, self.side = trunk.to(device), resolution
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.trunk(imagenet_normalise(resize_images(images, self.resolution)))
+        return self.trunk(imagenet_normalise(resize_images(images, self.side)))
 
 
 class Inception:
     """The FID's Inception-v3 (2048-d, TensorFlow weights) through torch-fidelity, on images rounded to 8 bits as the FID does.
+
+    Larger images are made smaller with an antialiased bicubic filter, as clean-fid does (Parmar et al. 2022). The network's own resize,
+    which enlarges smaller ones, would leave out most of their pixels.
 
     Args:
         weights: see `inception_file`. device: where it runs.
@@ -84,6 +90,7 @@ class Inception:
     """
 
     name = "inception"
+    side = 299
 
     def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -98,6 +105,8 @@ class Inception:
             raise UserError(f"{weights}: these are not the FID's Inception-v3 weights; use {INCEPTION_ADDRESS}.") from error
 
     def __call__(self, images: Tensor) -> Tensor:
+        if max(images.shape[-2:]) > self.side:
+            images = F.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True, align_corners=False)
         return self.network((images.clamp(0, 1) * 255).round().to(torch.uint8))[0]
 
 
@@ -149,6 +158,21 @@ def load_features(config: FeatureConfig, device: torch.device | str = "cpu") -> 
     if config.kind == "inception":
         return Inception(inception_file(config), device)
     return EfficientNetLite0(config.resolution, device)
+
+
+def crop_side(features: FeatureExtractor, image: int) -> int:
+    """The side of the crops of images with ``image`` pixels a side, for the distance on crops.
+
+    It is the side that the network sees, so that a crop keeps the image's own pixels (299 for the FID, as SDXL-Lightning, arXiv
+    2402.13929, section 4). Images that are no larger than that give half of their side, which is then enlarged.
+    """
+    return features.side if features.side < image else image // 2
+
+
+def centre_crop(images: Tensor, side: int) -> Tensor:
+    """The middle ``[b, 3, side, side]`` of ``[b, 3, h, w]``."""
+    top, left = ((size - side) // 2 for size in images.shape[-2:])
+    return images[..., top : top + side, left : left + side]
 
 
 def metric_name(extractor_name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypersd_pipeline.metrics.clip_score import load_clip
 from hypersd_pipeline.metrics.config import EvaluationConfig
-from hypersd_pipeline.metrics.features import EfficientNetLite0, load_features, metric_name
+from hypersd_pipeline.metrics.features import EfficientNetLite0, centre_crop, crop_side, load_features, metric_name
 from hypersd_pipeline.models.dual_encoder import DualEncoder, load_dual_encoder
 from hypersd_pipeline.models.quality_head import load_quality_head
 from hypersd_pipeline.rewards import load_reward
@@ -22,13 +22,15 @@ class Scores:
     """Of ``n`` images, float32 on the CPU: Frechet ``features [n, d]``, unit image ``embeddings [n, e]``, ``quality [n]``, ``rewards``.
 
     Attributes:
+        crops: Frechet features ``[n, d]`` of the middle of each image (`crop_side`).
         rewards: name -> ``[n]``, of each reward of the configuration.
     """
 
-    FIELDS: ClassVar = ("features", "embeddings", "quality")
+    FIELDS: ClassVar = ("features", "embeddings", "quality", "crops")
     features: Tensor
     embeddings: Tensor
     quality: Tensor
+    crops: Tensor
     rewards: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -54,7 +56,7 @@ class Scorer:
         self.distance = metric_name(self.features.name)
         self.device = torch.device(device)
         # One trunk serves both where both see the same pixels: the vision tower is two thirds of the cost of scoring.
-        self.shared = isinstance(self.features, EfficientNetLite0) and self.features.resolution == self.dual.config.image_size
+        self.shared = isinstance(self.features, EfficientNetLite0) and self.features.side == self.dual.config.image_size
 
     @torch.inference_mode()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Scores:
@@ -64,16 +66,8 @@ class Scorer:
         dual = self.dual.project_images(features) if self.shared else self.dual.encode_images(images)
         embeddings = dual if self.clip is self.dual else self.clip.encode_images(images)
         rewards = {reward.name: reward.score(images, prompts).float().cpu() for reward in self.rewards}
-        return Scores(features.float().cpu(), embeddings.float().cpu(), self.head(dual).float().cpu(), rewards)
-
-    def score_all(self, batches: Iterable[Tensor], prompts: Sequence[str]) -> Scores:
-        """Scores of all images of an iterable of batches, of which one is held at a time, and of their prompts in the same order."""
-        parts: list[Scores] = []
-        start = 0
-        for batch in batches:
-            parts.append(self.score(batch, prompts[start : start + len(batch)]))
-            start += len(batch)
-        return Scores.cat(parts)
+        crops = self.features(centre_crop(images, crop_side(self.features, min(images.shape[-2:]))))
+        return Scores(features.float().cpu(), embeddings.float().cpu(), self.head(dual).float().cpu(), crops.float().cpu(), rewards)
 
     @torch.inference_mode()
     def text_embeddings(self, prompts: list[str], batch_size: int = 64) -> Tensor:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kedro.pipeline import Node, Pipeline
+from PIL import Image
 
 from hypersd_pipeline.data.cache import LatentCache
-from hypersd_pipeline.evaluation.bench import evaluate_lora, prepare_reference
+from hypersd_pipeline.data.rows import Manifest
+from hypersd_pipeline.evaluation.bench import Metrics, evaluate_lora, prepare_reference
+from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.recipes.distil import distil
@@ -19,17 +22,40 @@ from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import OneStepConfig, StageConfig
 from hypersd_pipeline.training.distributed import ComputeConfig
 from hypersd_pipeline.training.loop import MetricSink
+from hypersd_pipeline.training.processes import Place
 
 HANDLES = {"checkpoints": "checkpoints", "metric_stream": "metric_stream", "compute": "params:compute"}
 """Where a training continues, where its live metrics go, both in the stage's namespace, and on how many processes it runs."""
 
-EVALUATION = {"teacher": "params:teacher", "reference": "evaluation_reference", "evaluation": "params:evaluation"}
-"""What every evaluation of a model reads besides the model."""
+EVALUATION = {
+    "teacher": "params:teacher",
+    "reference": "evaluation_reference",
+    "evaluation": "params:evaluation",
+    "checkpoints": "checkpoints",
+    "compute": "params:compute",
+}
+"""What every evaluation of a model reads besides the model. Its processes meet beside the stage's checkpoints."""
 
 
 def reference_node() -> Node:
     """The prompts and features that every evaluation compares with. One for all pipelines."""
-    return Node(prepare_reference, ["manifest", "params:teacher", "params:evaluation"], "evaluation_reference", name="prepare_reference")
+    inputs = {name: EVALUATION[name] for name in ("teacher", "evaluation", "compute")}
+    handles = {"manifest": "manifest", "checkpoints": "evaluation.checkpoints"}
+    return Node(reference_of_data_node, {**inputs, **handles}, "evaluation_reference", name="prepare_reference")
+
+
+def reference_of_data_node(
+    manifest: Manifest, teacher: TeacherConfig, evaluation: EvaluationConfig, checkpoints: CheckpointStore, compute: ComputeConfig
+) -> Callable[[Path], None]:
+    """See `evaluation.bench.prepare_reference`."""
+    return prepare_reference(manifest, teacher, evaluation, Place(checkpoints.path, compute))
+
+
+def evaluate_node(
+    lora: LoRA, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig, checkpoints: CheckpointStore, compute: ComputeConfig
+) -> tuple[Metrics, Image.Image, Callable[[Path], None]]:
+    """See `evaluation.bench.evaluate_lora`."""
+    return evaluate_lora(lora, teacher, reference, evaluation, Place(checkpoints.path, compute))
 
 
 def distil_node(
@@ -45,9 +71,17 @@ def distil_node(
     return distil(latents, teacher, stage, Outputs(checkpoints, metric_stream, compute), previous)
 
 
-def pairs_node(latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, start: LoRA | None = None) -> Callable[[Path], None]:
+def pairs_node(
+    latents: LatentCache,
+    teacher: TeacherConfig,
+    stage: OneStepConfig,
+    checkpoints: CheckpointStore,
+    metric_stream: MetricSink,
+    compute: ComputeConfig,
+    start: LoRA | None = None,
+) -> Callable[[Path], None]:
     """See `recipes.one_step.make_pairs`."""
-    return make_pairs(latents, teacher, stage, start)
+    return make_pairs(latents, teacher, stage, Outputs(checkpoints, metric_stream, compute), start)
 
 
 def unified_node(
@@ -74,7 +108,7 @@ def distil_pipeline(namespace: str, name: str, previous: str | None = None, tags
     train = {"latents": "latents", "teacher": "params:teacher", "stage": "params:stage", **HANDLES, **start}
     nodes = [
         Node(distil_node, train, ["lora", "report"], name="train"),
-        Node(evaluate_lora, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
+        Node(evaluate_node, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
     ]
     return _staged(nodes, namespace, name, {"previous": f"lora_{previous}"} if previous else {}, tags)
 
@@ -89,9 +123,9 @@ def unified_pipeline(namespace: str, name: str, before: list[Node], inputs: dict
     shared = {"latents": "latents", "teacher": "params:teacher", "stage": "params:stage", **start}
     nodes = [
         *before,
-        Node(pairs_node, shared, "pairs", name="pairs"),
+        Node(pairs_node, {**shared, **HANDLES}, "pairs", name="pairs"),
         Node(unified_node, {**shared, "pairs": "pairs", **HANDLES}, ["lora", "report"], name="train"),
-        Node(evaluate_lora, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
+        Node(evaluate_node, {"lora": "lora", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
     ]
     return _staged(nodes, namespace, name, inputs, tags)
 

@@ -20,7 +20,7 @@ from hypersd_pipeline.perception.protocol import PerceptualModel
 from hypersd_pipeline.recipes.launch import on_ranks
 from hypersd_pipeline.recipes.stage import Outputs, context_of, hold_frozen, run_stage, stage_identity
 from hypersd_pipeline.training.config import FeedbackConfig
-from hypersd_pipeline.training.distributed import by_first, of_first
+from hypersd_pipeline.training.distributed import by_first
 from hypersd_pipeline.training.guard import Guard
 from hypersd_pipeline.training.loop import make_accelerator
 
@@ -62,11 +62,11 @@ def train_feedback(
     bf16 = stage.loop.mixed_precision == "bf16"
     guard = Guard(
         stage.guard,
-        lambda: of_first(lambda: probe.measure(student.in_bf16(bf16), adapters.denoiser(None).in_bf16(bf16))),
+        lambda: probe.measure(student.in_bf16(bf16), adapters.denoiser(None).in_bf16(bf16)),
         weights,
         by_first(outputs.metrics),
         last=stage.loop.steps,
-        scores=lambda: of_first(lambda: probe.held_out.cpu()),
+        scores=lambda: probe.held_out,
     )
     report = run_stage(
         "feedback",

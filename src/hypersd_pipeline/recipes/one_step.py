@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hypersd_pipeline.data.cache import LatentCache
-from hypersd_pipeline.data.trajectories import make_noise_pairs
+from hypersd_pipeline.data.trajectories import make_noise_pairs, walk_noise_pairs
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.contract import Contract
@@ -18,6 +18,7 @@ from hypersd_pipeline.models.one_step import write_network
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
 from hypersd_pipeline.recipes.launch import on_ranks
 from hypersd_pipeline.recipes.stage import Outputs, context_of, hold_frozen, load_for, provenance, run_stage, stage_identity, stored_pairs
+from hypersd_pipeline.training import distributed
 from hypersd_pipeline.training.config import OneStepConfig
 from hypersd_pipeline.training.critic import CRITIC
 from hypersd_pipeline.training.ema import ema_update
@@ -38,14 +39,31 @@ def _critic_rank(stage: OneStepConfig) -> dict[str, int]:
     return {} if matching is None or matching.critic.rank is None else {CRITIC: matching.critic.rank}
 
 
-def make_pairs(latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, start: LoRA | None = None) -> Callable[[Path], None]:
+def make_pairs(
+    latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, outputs: Outputs, start: LoRA | None = None
+) -> Callable[[Path], None]:
     """A writer of the pairs of a stage's regression (see `make_noise_pairs`).
+
+    Args:
+        outputs: an interrupted walk goes on from what is beside the stage's checkpoints.
 
     Raises:
         UserError: the teacher's schedule does not have the stage's timestep. That is said before the walks, which may take hours.
     """
     stage.check(load_teacher(teacher, parts=()).process)
-    return make_noise_pairs(latents, teacher, stage.pairs, start)
+    walk = functools.partial(walk_pairs, latents, teacher, stage, outputs, start)
+    return make_noise_pairs(latents, teacher, stage.pairs, start, _walked(outputs), walk)
+
+
+@on_ranks
+def walk_pairs(latents: LatentCache, teacher: TeacherConfig, stage: OneStepConfig, outputs: Outputs, start: LoRA | None = None) -> None:
+    """Make what is missing of a stage's pairs, beside its checkpoints. Each process walks from the noise of its batches."""
+    assert stage.pairs is not None
+    walk_noise_pairs(latents, teacher, stage.pairs, start, _walked(outputs), distributed.mine)
+
+
+def _walked(outputs: Outputs) -> Path:
+    return outputs.checkpoints.path / "pairs"
 
 
 @on_ranks

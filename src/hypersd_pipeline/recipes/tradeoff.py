@@ -9,10 +9,9 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from hypersd_pipeline.evaluation.bench import Bench, watched
+from hypersd_pipeline.evaluation.bench import Bench
 from hypersd_pipeline.evaluation.plots import tradeoff_plot
 from hypersd_pipeline.evaluation.probe import Probe
-from hypersd_pipeline.evaluation.sampling import generate
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.metrics.grids import labelled_grid
 from hypersd_pipeline.metrics.mask_ap import mask_ap
@@ -23,9 +22,12 @@ from hypersd_pipeline.objectives import feedback as objective
 from hypersd_pipeline.perception.annotations import AnnotatedSplit
 from hypersd_pipeline.perception.protocol import PerceptualModel
 from hypersd_pipeline.recipes.feedback import AnnotatedData, load_judges
+from hypersd_pipeline.training import distributed
 from hypersd_pipeline.training.config import FeedbackConfig
+from hypersd_pipeline.training.processes import Place, on_processes
 
 
+@on_processes
 def measure_tradeoff(
     source: AnnotatedData,
     teacher: TeacherConfig,
@@ -34,12 +36,14 @@ def measure_tradeoff(
     lora: LoRA,
     feedback_lora: LoRA,
     stage: FeedbackConfig,
+    place: Place | None = None,
 ) -> tuple[pd.DataFrame, dict[str, Any], Image.Image, Image.Image]:
     """Rewards, distance, diversity, Frechet distance and mask AP with 0, and with each of ``merge_weights``, times the feedback LoRA.
 
     Returns:
         A line per weight. The same as metrics by weight, and those of the evaluation at weight 1 (or the last one below) as other models
-        have them. The plot of reward against distance, a point per weight; a grid, a column per weight.
+        have them. The diversity of a line is that of `Probe`, of a quarter of the prompts. The plot of reward against distance, a point per
+        weight. A grid, a column per weight.
     """
     contract = Contract.of(lora)
     bench = Bench.load(teacher, reference, evaluation, lora.metadata.get("data_rows"))
@@ -51,22 +55,13 @@ def measure_tradeoff(
         bench.teacher, judges, bench.scorer.features, split.prompts, bench.cond["test"], steps, evaluation.seed, stage.guard.variants,
         evaluation.batch_size,
     )  # fmt: skip
-    timesteps = contract.timesteps(steps, bench.teacher.process.num_train_timesteps)
     merge_lora(bench.teacher.backbone.module, lora)
     lines, columns, before = [], [], 0.0
     headline: dict[str, float] = {}
     for weight in sorted({0.0, *stage.merge_weights}):
         merge_lora(bench.teacher.backbone.module, feedback_lora, weight - before)
         before = weight
-        options: dict[str, Any] = {
-            "seed": evaluation.seed,
-            "batch_size": evaluation.batch_size,
-            "eta": contract.eta,
-            "denoiser": bench.denoiser(),
-        }
-        shown: list[Image.Image] = []
-        batches = watched(generate(bench.teacher, bench.cond["test"], timesteps, **options), shown, evaluation.grid_prompts)
-        row = bench.metrics_of("test", f"{steps}_steps", bench.scorer.score_all(batches, split.prompts))
+        row, shown = bench.row("test", steps, contract)
         if weight <= 1:
             headline = {**row, "samples": float(len(split))}
         line = {"weight": weight, **{name.split("/")[0]: v for name, v in row.items() if not name.endswith(("_low", "_high"))}}
@@ -89,12 +84,11 @@ def _noised_image_ap(source: AnnotatedData, bench: Bench, perceptual: Perceptual
     rows = annotated.annotated()[: stage.test_images]
     split, denoiser = source.latents.split("test"), bench.denoiser()
     timesteps = model.process.trailing_timesteps(stage.sample.steps).tolist()[stage.segmenter.start(stage.sample.steps) :]
-    generator, images = torch.Generator().manual_seed(evaluation.seed), []
-    for picks in rows.split(evaluation.batch_size):
-        clean = split.sample(picks, None)
-        z = torch.randn(clean.shape, generator=generator).to(model.device)
+    noise = torch.randn(len(rows), *model.latent_shape, generator=torch.Generator().manual_seed(evaluation.seed))
+    size, images = evaluation.batch_size, []
+    for picks, z in distributed.mine(list(zip(rows.split(size), noise.split(size), strict=True))):
         at = torch.full((len(picks),), timesteps[0], device=model.device)
         cond = split.conditioning(picks).to(model.device)
-        x = model.process.add_noise(clean.to(model.device), z, at)
+        x = model.process.add_noise(split.sample(picks, None).to(model.device), z.to(model.device), at)
         images.append(model.decode(objective.advance(denoiser, x, [*timesteps, 0], cond)).cpu())
-    return mask_ap(perceptual, torch.cat(images), [annotated.instances(int(i)) for i in rows])
+    return mask_ap(perceptual, torch.cat(distributed.gathered(images)), [annotated.instances(int(i)) for i in rows])

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -283,6 +283,23 @@ def held_by_first(context: AbstractContextManager[None]) -> Iterator[None]:
     with ExitStack() as stack:
         of_first(lambda: stack.enter_context(context))
         yield
+
+
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """The items of a sequence that this rank works on: every n-th of them. All of them without a process group."""
+    return items[rank() :: ranks()]
+
+
+def gathered(made: list[T]) -> list[T]:
+    """What all ranks have made, each of one of its items (`mine`), in the order of the items. Every rank gets all of it.
+
+    Tensors in it are on the CPU.
+    """
+    if ranks() == 1:
+        return made
+    parts: list[list[T]] = [[] for _ in range(ranks())]
+    dist.all_gather_object(parts, made)
+    return [parts[i % ranks()][i // ranks()] for i in range(sum(map(len, parts)))]
 
 
 def by_first(sink: Callable[..., None]) -> Callable[..., None]:

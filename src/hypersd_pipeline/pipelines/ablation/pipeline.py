@@ -20,6 +20,7 @@ from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.pipelines.nodes import reference_node
 from hypersd_pipeline.recipes.feedback import AnnotatedData
 from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.training.distributed import ComputeConfig
 
 INPUTS = {
     "manifest": "manifest",
@@ -31,6 +32,7 @@ INPUTS = {
     "ablation": "params:ablation",
     "checkpoints": "ablation.checkpoints",
     "records": "ablation_records",
+    "compute": "params:compute",
 }
 
 
@@ -44,9 +46,10 @@ def ablation_node(
     ablation: AblationConfig,
     checkpoints: CheckpointStore,
     records: RecordStore,
+    compute: ComputeConfig,
 ) -> pd.DataFrame:
     """Plan the cells and run them. See `experiments.chain.run_cells`."""
-    setting = Setting(AnnotatedData(manifest, data, latents), teacher, reference, evaluation, checkpoints, records)
+    setting = Setting(AnnotatedData(manifest, data, latents), teacher, reference, evaluation, checkpoints, records, compute)
     return run_cells(plan(ablation), ablation.seeds, setting)[0]
 
 

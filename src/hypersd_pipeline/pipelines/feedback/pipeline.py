@@ -15,7 +15,7 @@ from hypersd_pipeline.data.rows import Manifest
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig
-from hypersd_pipeline.pipelines.nodes import HANDLES
+from hypersd_pipeline.pipelines.nodes import EVALUATION, HANDLES
 from hypersd_pipeline.recipes.feedback import AnnotatedData, merge_feedback, train_feedback
 from hypersd_pipeline.recipes.stage import Outputs
 from hypersd_pipeline.recipes.tradeoff import measure_tradeoff
@@ -23,6 +23,7 @@ from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import FeedbackConfig
 from hypersd_pipeline.training.distributed import ComputeConfig
 from hypersd_pipeline.training.loop import MetricSink
+from hypersd_pipeline.training.processes import Place
 
 SOURCE = "lora_k1"
 """The distilled LoRA that feedback is trained on top of."""
@@ -55,9 +56,12 @@ def tradeoff_node(
     lora: LoRA,
     feedback_lora: LoRA,
     stage: FeedbackConfig,
+    checkpoints: CheckpointStore,
+    compute: ComputeConfig,
 ) -> tuple[pd.DataFrame, dict[str, Any], Image.Image, Image.Image]:
     """See `recipes.tradeoff.measure_tradeoff`."""
-    return measure_tradeoff(AnnotatedData(manifest, data, latents), teacher, reference, evaluation, lora, feedback_lora, stage)
+    source, place = AnnotatedData(manifest, data, latents), Place(checkpoints.path, compute)
+    return measure_tradeoff(source, teacher, reference, evaluation, lora, feedback_lora, stage, place)
 
 
 def create_pipeline(**_: Any) -> Pipeline:
@@ -70,7 +74,7 @@ def create_pipeline(**_: Any) -> Pipeline:
             Node(merge_feedback, {"lora": "lora", "feedback_lora": "feedback_lora", "stage": "params:stage"}, "merged", name="merge"),
             Node(
                 tradeoff_node,
-                {**shared, **parameters, "reference": "evaluation_reference", "feedback_lora": "feedback_lora"},
+                {**shared, **parameters, **EVALUATION, "feedback_lora": "feedback_lora"},
                 ["tradeoff", "metrics", "plot", "grid"],
                 name="measure",
             ),

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kedro.pipeline import Node, Pipeline
+from PIL import Image
 
 from hypersd_pipeline.data.cache import LatentCache
-from hypersd_pipeline.evaluation.bench import evaluate_unet
+from hypersd_pipeline.evaluation.bench import Metrics, evaluate_unet
+from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.pipelines.nodes import EVALUATION, HANDLES, pairs_node
@@ -19,6 +21,7 @@ from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import OneStepConfig
 from hypersd_pipeline.training.distributed import ComputeConfig
 from hypersd_pipeline.training.loop import MetricSink
+from hypersd_pipeline.training.processes import Place
 
 
 def unet_node(
@@ -35,15 +38,22 @@ def unet_node(
     return train_unet(latents, teacher, stage, pairs, Outputs(checkpoints, metric_stream, compute), start)
 
 
+def evaluate_unet_node(
+    unet: Path, teacher: TeacherConfig, reference: Path, evaluation: EvaluationConfig, checkpoints: CheckpointStore, compute: ComputeConfig
+) -> tuple[Metrics, Image.Image, Callable[[Path], None]]:
+    """See `evaluation.bench.evaluate_unet`."""
+    return evaluate_unet(unet, teacher, reference, evaluation, Place(checkpoints.path, compute))
+
+
 def create_pipeline(**_: Any) -> Pipeline:
     """``lora_k1`` and ``lora_feedback`` -> ``one_step_unet`` and its metrics."""
     shared = {"latents": "latents", "teacher": "params:teacher", "stage": "params:stage", "start": "start"}
     return Pipeline(
         [
             Node(choose_start, ["distilled", "feedback_lora", "params:stage"], "start", name="start"),
-            Node(pairs_node, shared, "pairs", name="pairs"),
+            Node(pairs_node, {**shared, **HANDLES}, "pairs", name="pairs"),
             Node(unet_node, {**shared, "pairs": "pairs", **HANDLES}, ["unet", "report"], name="train"),
-            Node(evaluate_unet, {"unet": "unet", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
+            Node(evaluate_unet_node, {"unet": "unet", **EVALUATION}, ["metrics", "grid", "samples"], name="evaluate"),
         ],
         namespace="one_step_unet",
         parameters={"params:teacher", "params:evaluation", "params:compute"},

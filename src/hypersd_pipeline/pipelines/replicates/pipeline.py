@@ -20,6 +20,7 @@ from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.pipelines.nodes import reference_node
 from hypersd_pipeline.recipes.feedback import AnnotatedData
 from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.training.distributed import ComputeConfig
 
 INPUTS = {
     "manifest": "manifest",
@@ -31,6 +32,7 @@ INPUTS = {
     "replicates": "params:replicates",
     "checkpoints": "replicates.checkpoints",
     "records": "replicates_records",
+    "compute": "params:compute",
 }
 
 
@@ -44,9 +46,10 @@ def replicates_node(
     replicates: ReplicatesConfig,
     checkpoints: CheckpointStore,
     records: RecordStore,
+    compute: ComputeConfig,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run the chain once per seed. See `experiments.chain.run_cells`."""
-    setting = Setting(AnnotatedData(manifest, data, latents), teacher, reference, evaluation, checkpoints, records)
+    setting = Setting(AnnotatedData(manifest, data, latents), teacher, reference, evaluation, checkpoints, records, compute)
     return run_cells(plan_replicates(replicates), replicates.seeds, setting)
 
 
