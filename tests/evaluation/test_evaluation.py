@@ -19,6 +19,7 @@ from hypersd_pipeline.evaluation.bench import Bench, evaluate_lora, evaluate_tea
 from hypersd_pipeline.evaluation.reference import choose_rows, read_reference, reference_key
 from hypersd_pipeline.evaluation.results import last_words, summarise_models
 from hypersd_pipeline.evaluation.sampling import generate, prompt_noise
+from hypersd_pipeline.evaluation.scores import read_scores
 from hypersd_pipeline.evaluation.ways import SamplingWaysConfig, measure_sampling
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.metrics.frechet import frechet_distance
@@ -173,8 +174,16 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
     metrics, _, write = evaluate_lora(lora(teacher, 0.0), teacher, reference, CONFIG)
     write(stage_samples)
     assert {f"{n}_steps" for n in (1, 2, 4)} == {
-        p.name for p in stage_samples.iterdir()
+        p.name for p in stage_samples.iterdir() if p.is_dir()
     }  # the contract's four steps are added to the configured ones
+    scores = read_scores(stage_samples)
+    assert scores.prompts == split.prompts and scores.identity == read_scores(teacher_samples).identity
+    assert {f"{name}/{n}_steps" for n, rows in scores.values.items() for name in rows} == {
+        name for name in metrics if "/" in name and not name.startswith("unseen_") and not name.endswith(("_low", "_high"))
+    }
+    for n, rows in scores.values.items():
+        for name, values in rows.items():
+            assert float(values.mean()) == pytest.approx(metrics[f"{name}/{n}_steps"], rel=1e-9)
     for name in ("fd_efficientnet_lite0_real", "fd_efficientnet_lite0_recon", "clip_score", "image_quality"):
         low, value, high = (metrics[f"{name}/4_steps{end}"] for end in ("_low", "", "_high"))
         assert low <= value <= high

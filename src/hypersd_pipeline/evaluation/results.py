@@ -95,7 +95,7 @@ def markdown(frame: pd.DataFrame, config: EvaluationConfig) -> str:
 
 def _pivot(part: pd.DataFrame) -> str:
     metrics = list(dict.fromkeys(part.metric))
-    head = ["model", "steps", *(_title(m) for m in metrics)]
+    head = ["model", "steps", *(title(m) for m in metrics)]
     lines = [head, ["-"] * len(head)]
     for (model, row), group in part.groupby(["model", "row"], sort=False):
         cells = {r.metric: f"{r.value:.4g} [{r.low:.4g}, {r.high:.4g}]" for r in group.itertuples()}
@@ -106,7 +106,8 @@ def _pivot(part: pd.DataFrame) -> str:
     return "\n".join("|" + "|".join(map(str, line)) + "|" for line in lines)
 
 
-def _title(metric: str) -> str:
+def title(metric: str) -> str:
+    """A metric's name for readers."""
     for suffix, words in (("_real", " to real"), ("_recon", " to reconstructions")):
         if metric.endswith(suffix):
             return _TITLES.get(metric.removesuffix(suffix), metric.removesuffix(suffix)) + words
