@@ -52,6 +52,8 @@ from hypersd_pipeline.order import by_stage
 
 logger = logging.getLogger(__name__)
 
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow shows as a run's description."""
 _FILTERS = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "only_missing_outputs")
 
 
@@ -183,8 +185,11 @@ class ResultsHook:
 
     @hook_impl
     def after_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-        """Log them for a run that made the table of results."""
+        """Log them for a run that made the table of results, or compared runs."""
         made = pipeline.all_outputs()
+        if {"comparison_page", "comparison_verdict"} <= made:
+            verdict, page = catalog.load("comparison_verdict"), getattr(catalog.get("comparison_page"), "_filepath", "comparison_page")
+            logger.info("%s The page is %s.", " ".join(verdict.split()), _short(Path(str(page))))
         if not {"results", "results_table", "results_grid"} <= made:
             return
         from hypersd_pipeline.evaluation.results import last_words
@@ -261,6 +266,8 @@ class TrackingHook:
             tracking.log_final({metadata["prefix"]: data} if "prefix" in metadata else data)
         if metadata.get("mlflow") == "artifact":
             self._run.recorder.artifact(str(Path(dataset._filepath).absolute()), dataset_name)  # type: ignore[union-attr]
+        elif metadata.get("mlflow") == "note":
+            self._run.recorder.tags({NOTE_TAG: str(data)})
 
     @hook_impl
     def after_pipeline_run(self, pipeline: Pipeline) -> None:

@@ -83,6 +83,13 @@ class Verdict:
         """The differences of a metric, by number of steps."""
         return [difference for difference in self.differences if difference.metric == metric]
 
+    def winner(self, names: tuple[str, str] = ("A", "B")) -> str:
+        """The verdict in a few words, by the primary metric."""
+        sides = {difference.better for difference in self.of(self.primary)} - {None}
+        if len(sides) == 2:
+            return "It depends on the number of steps"
+        return f"{names['second' in sides]} is better" if sides else f"No difference between {names[0]} and {names[1]} can be told"
+
     def at(self, steps: int) -> Difference | None:
         """What the primary metric says at a number of steps."""
         return next((difference for difference in self.of(self.primary) if difference.steps == steps), None)
