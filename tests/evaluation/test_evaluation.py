@@ -17,7 +17,7 @@ from hypersd_pipeline.diffusion.grids import trailing_timesteps
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.evaluation.bench import Bench, evaluate_lora, evaluate_teacher, prepare_reference
 from hypersd_pipeline.evaluation.reference import choose_rows, read_reference, reference_key
-from hypersd_pipeline.evaluation.results import last_words, summarise_models
+from hypersd_pipeline.evaluation.results import MODELS, at_a_glance, last_words, summarise_models
 from hypersd_pipeline.evaluation.sampling import generate, prompt_noise
 from hypersd_pipeline.evaluation.scores import read_scores
 from hypersd_pipeline.evaluation.ways import SamplingWaysConfig, measure_sampling
@@ -198,6 +198,23 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
     assert set(headline) == {"teacher_3_steps", "k4_4_steps"}
     assert headline["k4_4_steps"]["image_quality"] == metrics["image_quality/4_steps"]
     assert main_grid.height == grid.height and main_grid.width > 190 + 2 * 128
+
+
+def test_few_metrics_tell_runs_apart_and_have_a_direction() -> None:
+    rows = {f"{name}/{n}_steps": float(n) for name in ("unseen_fd_x_recon", "fd_x_real", "fd_x_recon", "clip_score") for n in (1, 4, 25)}
+    assert at_a_glance("k4", rows) == {"lower is better/k4 4 steps fd_x_recon": 4.0}
+    assert at_a_glance("teacher", rows) == {"lower is better/teacher 25 steps fd_x_recon": 25.0}
+    assert at_a_glance("unified", rows) == {
+        "lower is better/unified 1 step fd_x_recon": 1.0,
+        "lower is better/unified 4 steps fd_x_recon": 4.0,
+        "higher is better/unified 4 steps clip_score": 4.0,
+    }
+    assert at_a_glance("lcm", rows) == {} == at_a_glance("k4", {})
+    most = [
+        at_a_glance(model, {f"{name}/{n}_steps": 1.0 for name in ("fd_x_recon", "clip_score") for n in (1, 2, 4, 8)})
+        for model in (*MODELS, "teacher")
+    ]
+    assert sum(map(len, most)) + 2 <= 12  # with time and memory
 
 
 def test_empty_lora_is_the_teacher_without_guidance(reference: Path, teacher: TeacherConfig) -> None:

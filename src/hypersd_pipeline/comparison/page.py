@@ -13,8 +13,8 @@ from PIL import Image
 
 from hypersd_pipeline.comparison.runs import TEACHER, Model
 from hypersd_pipeline.comparison.table import Comparison, Entry
-from hypersd_pipeline.comparison.verdict import Difference, lower_is_better
-from hypersd_pipeline.evaluation.results import title
+from hypersd_pipeline.comparison.verdict import Difference
+from hypersd_pipeline.evaluation.results import lower_is_better, title
 from hypersd_pipeline.evaluation.samples import steps_label
 from hypersd_pipeline.metrics.frechet import mean_estimate
 

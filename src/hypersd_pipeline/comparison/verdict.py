@@ -10,22 +10,15 @@ import torch
 from torch import Tensor
 
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.evaluation.results import title
+from hypersd_pipeline.evaluation.results import lower_is_better, title
 from hypersd_pipeline.evaluation.samples import steps_label
 from hypersd_pipeline.evaluation.scores import PromptScores
 from hypersd_pipeline.metrics.frechet import mean_estimate
 
-_DISTRIBUTION = ("fd_", "fid_", "frechet_")
-"""Distances between sets of images. Their size depends on how many images there are."""
 _PREFERRED = ("_recon", "_real", "clip_score")
 """What a comparison stands on: the first of these that both models have."""
 RESAMPLES = 2000
 """Of the bootstrap behind an interval, unless something else is asked for."""
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a distance."""
-    return metric.startswith(_DISTRIBUTION) or "distance" in metric
 
 
 @dataclass(frozen=True)
@@ -164,7 +157,7 @@ def _differences(
         _difference(metric, n, a, second.values[n][metric], paired=paired, resamples=resamples, seed=seed)
         for n in steps
         for metric, a in first.values[n].items()
-        if metric in second.values[n] and (same_number or not metric.startswith(_DISTRIBUTION))
+        if metric in second.values[n] and (same_number or not lower_is_better(metric))
     )
     if not found:
         raise UserError(f"{names[0]} and {names[1]} have no metric in common; evaluate both with the same version and evaluation.samples.")
