@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "errors", "masking", "logs", "compat", "config", "files", "verdicts", "conditioning", "draws",
     "diffusion", "objectives", "models", "export", "data", "rewards", "perception", "metrics",
-    "training", "evaluation", "recipes", "experiments", "arena", "io", "pipelines",
+    "training", "evaluation", "comparison", "recipes", "experiments", "arena", "io", "pipelines",
     "config_faults", "order", "sections", "config_loader", "options", "checks", "dvc_stages", "cluster", "hooks", "settings", "cli",
     "pipeline_registry", "__main__",
 )  # fmt: skip

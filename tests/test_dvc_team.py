@@ -93,7 +93,8 @@ def test_a_colleague_gets_results_of_any_environment_from_the_remote(project, ru
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("hypersd").experiment_id])
     (parent,) = [found for found in runs if "mlflow.parentRunId" not in found.data.tags]
-    assert parent.info.run_name.startswith("dvc-") and {"tscd_k2/fid/4", "tscd_k1/fid/4"} <= parent.data.metrics.keys()
+    assert parent.info.run_name.startswith("dvc-")
+    assert all("fid/4" in found.data.metrics for found in runs if "mlflow.parentRunId" in found.data.tags)
 
 
 @pytest.mark.slow

@@ -151,13 +151,19 @@ def test_mlflow_has_a_run_with_a_nested_run_for_each_stage(smoke):
     client = MlflowClient(f"sqlite:///{smoke / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("hypersd")
     runs = {found.info.run_name: found for found in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"full_distill (smoke)", *(f"tscd_k{k}" for k in (8, 4, 2, 1)), "feedback", "dmd", "one_step_unet"}
+    stages = [found for found in runs.values() if "stage" in found.data.tags]
+    assert {found.info.run_name for found in stages} == {*(f"tscd_k{k}" for k in (8, 4, 2, 1)), "feedback", "dmd", "one_step_unet"}
     assert {found.info.status for found in runs.values()} == {"FINISHED"}
-    parent, stages = runs["full_distill (smoke)"], [found for name, found in runs.items() if name != "full_distill (smoke)"]
+    parent = runs["full_distill (smoke)"]
     assert parent.data.tags["data_hash"] and len({found.data.tags["data_hash"] for found in stages}) == 1
     assert all(found.data.metrics.keys() >= {"loss", "images_per_second", "peak_memory_mb"} for found in stages)
     for stage in ("tscd_k1", "dmd", "one_step_unet"):
-        assert any(name.startswith(f"{stage}/clip_score") for name in parent.data.metrics)
+        assert any(name.startswith("clip_score/") for name in runs[stage].data.metrics)
+    shown = {name for name in parent.data.metrics if not name.startswith("system/")}
+    assert len(shown) <= 12 and {"lower is better/train_seconds", "higher is better/unified 4 steps clip_score"} <= shown
+    assert {name.partition("/")[0] for name in shown} == {"lower is better", "higher is better"}
+    assert "Distance to reconstructions" in parent.data.tags["mlflow.note.content"]
+    assert len({found.dataset.name for found in parent.inputs.dataset_inputs}) == 1
     made = {"lora_k8", "lora_k4", "lora_k2", "lora_k1", "lora_feedback", "lora_unified", "one_step_unet"}
     logged = {path.path for found in stages for path in client.list_artifacts(found.info.run_id)}
     assert made <= logged

@@ -19,12 +19,14 @@ from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 from servers import Server, environment_of
 
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import lock
 from hypersd_pipeline.io import mlflow_store
 from hypersd_pipeline.io.journal import Delivery, Journal, Sender, folder_id, send_left
+from hypersd_pipeline.io.machine import MachineMonitor, seconds_between
 from hypersd_pipeline.io.mlflow_store import LEASE_TAG, PROCESS_TAG, NotYetKnown, Store, connect, make_database, this_process
 from hypersd_pipeline.io.tracking import Recorder
 from hypersd_pipeline.logs import about, prepare_logs
@@ -75,14 +77,14 @@ def test_an_entry_is_on_disk_at_once_and_in_mlflow_once(folder: Path, store: Sto
     recorder.open("tscd_k4", {"stage": "tscd_k4"})
     recorder.parameters({"stage": {"steps": 3, "guidance": [3.0, 9.0]}})
     for step in range(3):
-        recorder.metrics({"loss": 0.5}, {"loss": 0.5}, step)
+        recorder.metrics({"loss": 0.5}, step)
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "weights").write_text("w")
     recorder.artifact(str(tmp_path / "lora"), "lora_k4")
     recorder.artifact(str(tmp_path / "nothing"), "nothing")
     recorder.close_all("FINISHED")
     path = recorder.journal.path
-    assert len(path.read_text().splitlines()) == 13
+    assert len(path.read_text().splitlines()) == 10
 
     def send() -> Delivery:
         delivery = Delivery(path, store)
@@ -96,12 +98,44 @@ def test_an_entry_is_on_disk_at_once_and_in_mlflow_once(folder: Path, store: Sto
     offset.write_text(json.dumps(state | {"offset": len(path.open("rb").readline())}))  # as if killed before the offset was written
     assert send().runs == first.runs
     child, parent = first.runs["1"], first.runs["0"]
-    assert history(store, child, "loss") == history(store, parent, "tscd_k4/loss") == [(0, 0.5), (1, 0.5), (2, 0.5)]
+    assert not history(store, parent, "loss") and history(store, child, "loss") == [(0, 0.5), (1, 0.5), (2, 0.5)]
     run = store.client.get_run(child)
     assert run.data.params == {"stage.steps": "3", "stage.guidance": "[3.0, 9.0]"} and run.info.status == "FINISHED"
     assert [file.path for file in store.client.list_artifacts(child, "lora_k4")] == ["lora_k4/weights"]
     assert "nothing" in path.with_suffix(".refused").read_text() and first.refused == 1
     recorder.journal.close()
+
+
+def test_data_and_images_are_shown_by_mlflow(folder: Path, store: Store, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "grid_k4.png")
+    (tmp_path / "broken.png").write_text("no image")
+    recorder = Recorder(Journal(folder, begun()))
+    recorder.dataset("latents", "d" * 64, '{"folder": "data"}')
+    recorder.image(str(tmp_path / "grid_k4.png"), "grid_k4")
+    recorder.image(str(tmp_path / "broken.png"), "broken")
+    recorder.headline({"lower is better/k4 4 steps fd_efficientnet_lite0_recon": 3.0})
+    recorder.close_all("FINISHED")
+    delivery = Delivery(recorder.journal.path, store)
+    delivery.all()
+    recorder.journal.close()
+    run = store.client.get_run(delivery.runs["0"])
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest, given.tags[0].value) == ("latents", "d" * 36, "training")
+    assert run.data.metrics == {"lower is better/k4 4 steps fd_efficientnet_lite0_recon": 3.0}
+    assert any("grid_k4" in file.path for file in store.client.list_artifacts(run.info.run_id, "images"))
+    assert delivery.refused == 1 and "broken" in recorder.journal.path.with_suffix(".refused").read_text()
+
+
+def test_the_use_of_the_machine_is_measured_until_the_end() -> None:
+    points: list[tuple[int, set[str]]] = []
+    monitor = MachineMonitor(lambda values, step: points.append((step, set(values))), seconds=0.05)
+    until(lambda: len(points) > 1)
+    monitor.finish()
+    assert [step for step, _ in points] == list(range(len(points)))
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= points[-1][1]
+    assert seconds_between({}) == 10 and seconds_between({"MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false"}) is None
+    with pytest.raises(UserError, match="MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL: '-1' is no positive number"):
+        seconds_between({"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "-1"})
 
 
 def test_a_torn_line_and_a_deleted_run_stop_nothing(folder: Path, store: Store) -> None:
@@ -154,7 +188,7 @@ def test_a_server_that_stops_and_comes_back_gets_everything_once_and_nobody_wait
         nonlocal slowest
         for step in steps:
             start = time.monotonic()
-            recorder.metrics({"loss": float(step)}, {}, step)
+            recorder.metrics({"loss": float(step)}, step)
             slowest = max(slowest, time.monotonic() - start)
             time.sleep(0.002)
 

@@ -1,12 +1,14 @@
-"""Commands that ``kedro`` finds here: ``run`` with readable errors, ``repro``, ``catalog list``, ``options`` and others."""
+"""Commands that ``kedro`` finds here: ``run`` with readable errors, ``repro``, ``compare``, ``catalog list``, ``options`` and others."""
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,31 @@ def _run(**options: Any) -> Any:
     return kedro_run.callback(**options)
 
 
+def _with_lists(split: Callable[..., Any]) -> Callable[..., Any]:
+    """Kedro's reading of ``--params`` splits at every comma. This one leaves lists whole: ``compare.runs=[a,b],compare.seed=1``."""
+
+    def read(context: click.Context, option: click.Parameter, value: Any) -> Any:
+        from omegaconf import OmegaConf
+
+        if not isinstance(value, str) or "[" not in value:
+            return split(context, option, value)
+        parts = [part.strip() for part in re.split(r",(?![^\[]*\])", value) if part.strip()]
+        for part in parts:
+            split(context, option, part.partition("[")[0])  # its complaint about a part without a key
+        return OmegaConf.to_container(OmegaConf.from_dotlist(parts))
+
+    return read
+
+
+def _readable_params() -> list[click.Parameter]:
+    """The options of Kedro's own ``run``, of which ``--params`` takes lists."""
+    found = [copy.copy(option) for option in kedro_run.params]
+    for option in found:
+        if option.name == "params" and option.callback is not None:
+            option.callback = _with_lists(option.callback)
+    return found
+
+
 @click.group(context_settings=_CONTEXT, name="hypersd")
 def cli() -> None:
     """Commands of this project."""
@@ -173,6 +200,14 @@ def _join(env: str | None) -> None:
     join(folder)
 
 
+def _compare(runs: tuple[str, ...], model: str | None, env: str | None) -> None:
+    """Which is better? Compare RUNS with the first of them: ids or names in MLflow, or data folders. Writes a page and its verdict."""
+    arguments = ["--pipelines", "compare", *(["--env", env] if env else [])]
+    with kedro_run.make_context("run", arguments) as context:
+        options = dict(context.params)
+    _run(**options | {"params": {"compare": {"runs": list(runs)} | ({"model": model} if model else {})}})
+
+
 def _repro(env: str | None, arguments: tuple[str, ...]) -> None:
     """Run what is out of date, with DVC: `dvc repro` for any environment. ARGUMENTS are stages and options of `dvc repro`.
 
@@ -195,7 +230,7 @@ def _repro(env: str | None, arguments: tuple[str, ...]) -> None:
         raise click.exceptions.Exit(code)
 
 
-run = ReadableCommand("run", callback=_run, params=kedro_run.params, help=kedro_run.help, context_settings=_CONTEXT)
+run = ReadableCommand("run", callback=_run, params=_readable_params(), help=kedro_run.help, context_settings=_CONTEXT)
 _describe = kedro_catalog.commands["describe-datasets"]
 _list = ReadableCommand("list", callback=_describe.callback, params=_describe.params, help=_describe.help)
 catalog = click.Group("catalog", commands={**kedro_catalog.commands, "list": _list}, help=kedro_catalog.help)
@@ -213,6 +248,19 @@ cli.add_command(catalog)
 _env = click.Option(["--env", "-e"], help="Environment in conf/.")
 _send_command = ReadableCommand("send", callback=_send, params=[_env], help=_send.__doc__, context_settings=_CONTEXT)
 cli.add_command(ReadableCommand("join", callback=_join, params=[_env], help=_join.__doc__, context_settings=_CONTEXT))
+cli.add_command(
+    ReadableCommand(
+        "compare",
+        callback=_compare,
+        params=[
+            click.Argument(["runs"], nargs=-1),
+            click.Option(["--model"], help="Which model of the runs, such as k4. Unless given, the last stage that all have."),
+            _env,
+        ],
+        help=_compare.__doc__,
+        context_settings=_CONTEXT,
+    )
+)
 cli.add_command(
     ReadableCommand(
         "repro",

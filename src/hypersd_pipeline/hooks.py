@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import logging
 import os
 import platform
@@ -33,6 +34,7 @@ from hypersd_pipeline.dvc_stages import stages_file, write_stages
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import fingerprint, lock
 from hypersd_pipeline.io import tracking
+from hypersd_pipeline.io.images import ImageDataset
 from hypersd_pipeline.io.journal import (
     PIPELINE,
     Delivery,
@@ -44,6 +46,7 @@ from hypersd_pipeline.io.journal import (
     send_left,
     shared_run,
 )
+from hypersd_pipeline.io.machine import MachineMonitor, seconds_between
 from hypersd_pipeline.io.metrics import MetricsDataset
 from hypersd_pipeline.io.mlflow_store import connect, reason, this_process
 from hypersd_pipeline.logs import prepare_logs, set_subject
@@ -52,6 +55,10 @@ from hypersd_pipeline.order import by_stage
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_NAME, _MOST = 200, 12
+"""Characters of a run's name, and metrics of the pipeline's own run."""
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow shows as a run's description."""
 _FILTERS = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces", "only_missing_outputs")
 
 
@@ -183,8 +190,11 @@ class ResultsHook:
 
     @hook_impl
     def after_pipeline_run(self, pipeline: Pipeline, catalog: CatalogProtocol) -> None:
-        """Log them for a run that made the table of results."""
+        """Log them for a run that made the table of results, or compared runs."""
         made = pipeline.all_outputs()
+        if {"comparison_page", "comparison_verdict"} <= made:
+            verdict, page = catalog.load("comparison_verdict"), getattr(catalog.get("comparison_page"), "_filepath", "comparison_page")
+            logger.info("%s The page is %s.", " ".join(verdict.split()), _short(Path(str(page))))
         if not {"results", "results_table", "results_grid"} <= made:
             return
         from hypersd_pipeline.evaluation.results import last_words
@@ -202,8 +212,9 @@ class TrackingHook:
 
     It takes the place of kedro-mlflow's hook and reads the same mlflow.yml. What is recorded goes into a journal, which a thread sends:
     see `io.journal`. An interrupted pipeline run that is started again continues its MLflow runs. Datasets with
-    ``metadata: {mlflow: artifact}`` are uploaded, `MetricsDataset` becomes metrics (``metadata: {prefix: teacher}`` puts ``teacher/`` in
-    front), parameters are flattened.
+    ``metadata: {mlflow: artifact}`` are uploaded, images among them are shown as such, ``{mlflow: note}`` is the run's description.
+    `MetricsDataset` becomes metrics: of the stage, or outside of stages of a nested run that ``{prefix: teacher}`` names. The pipeline's
+    own run has a dozen at most, with their direction in the name. Parameters are flattened.
     """
 
     def __init__(self) -> None:
@@ -223,18 +234,20 @@ class TrackingHook:
         """Begin the run. Raises UserError if the server cannot be reached, unless HYPERSD_TRACKING=offline."""
         fail_open_runs()  # an interrupt in a notebook reaches no hook
         self._run, self._data_hash, self._catalog = None, None, catalog
+        self._seconds = self._memory = 0.0
         disabled = self._config.tracking.disable_tracking.pipelines
         if all(name in disabled for name in run_params["pipeline_names"] or ["__default__"]):
             return
         self._run = _TrackedRun(self._config, self._folder, run_params, _resolved(pipeline, catalog))
 
     @hook_impl
-    def after_dataset_loaded(self, data: Any) -> None:
-        """Record the content hash of the training data."""
+    def after_dataset_loaded(self, dataset_name: str, data: Any) -> None:
+        """Record the training data: its content hash as a tag, and the data set as an input."""
         key = getattr(data, "key", None)
         if type(data).__name__ == "LatentCache" and key and self._run:
             self._data_hash = str(key)
             self._run.recorder.tags({"data_hash": self._data_hash})
+            self._run.recorder.dataset(dataset_name, self._data_hash, json.dumps({"folder": str(getattr(data, "path", ""))}))
 
     @hook_impl
     def before_node_run(self, node: Node, inputs: dict[str, Any]) -> None:
@@ -258,9 +271,39 @@ class TrackingHook:
         dataset = self._catalog.get(dataset_name)
         metadata = getattr(dataset, "metadata", None) or {}
         if isinstance(dataset, MetricsDataset):
-            tracking.log_final({metadata["prefix"]: data} if "prefix" in metadata else data)
+            self._record_metrics(dataset_name, data, metadata)
         if metadata.get("mlflow") == "artifact":
-            self._run.recorder.artifact(str(Path(dataset._filepath).absolute()), dataset_name)  # type: ignore[union-attr]
+            path = str(Path(dataset._filepath).absolute())  # type: ignore[union-attr]
+            self._run.recorder.artifact(path, dataset_name)
+            if isinstance(dataset, ImageDataset):
+                self._run.recorder.image(path, dataset_name)
+        elif metadata.get("mlflow") == "note":
+            self._run.recorder.tags({NOTE_TAG: str(data)})
+
+    def _record_metrics(self, name: str, data: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """All in the run of the stage, or where it belongs to none in a run of their own. In the pipeline's run the few to compare by."""
+        assert self._run is not None
+        recorder = self._run.recorder
+        if metadata.get("mlflow") == "headline":
+            recorder.headline(tracking.without_intervals(data))
+        elif recorder.stage or ("prefix" not in metadata and len(tracking.flatten(data)) <= _MOST):
+            tracking.log_final(data)
+        else:
+            with tracking.child_run(metadata.get("prefix", name), {}):
+                tracking.log_final(data)
+        if name == "teacher_metrics" or name.startswith("metrics_"):
+            from hypersd_pipeline.evaluation.results import at_a_glance
+
+            recorder.headline(tracking.finite(at_a_glance("teacher" if name == "teacher_metrics" else name.removeprefix("metrics_"), data)))
+        elif name == "results":
+            from hypersd_pipeline.evaluation.results import last_words
+
+            recorder.tags({NOTE_TAG: last_words(data) or "There is nothing to compare in this run."})
+        elif "train_seconds" in data and not self._run.shared:
+            self._seconds += data["train_seconds"]
+            self._memory = max(self._memory, data.get("peak_memory_mb") or 0.0)
+            cost = {"train_seconds": self._seconds, **({"peak_memory_mb": self._memory} if self._memory else {})}
+            recorder.headline(tracking.finite({f"lower is better/{key}": value for key, value in cost.items()}))
 
     @hook_impl
     def after_pipeline_run(self, pipeline: Pipeline) -> None:
@@ -287,6 +330,7 @@ class _TrackedRun:
         self._env, self._keep_open = env, active is not None  # a run that Python code opened around the session is its own to close
         if active:
             uri = mlflow.get_tracking_uri()
+        seconds = seconds_between()
         given = active.info.run_id if active else os.environ.get("MLFLOW_RUN_ID") or options.run.id
         self._store = None if _is_offline() else connect(uri, options.experiment, given)
         chosen = {name: run_params.get(name) for name in ("pipeline_names", *_FILTERS)}
@@ -309,6 +353,8 @@ class _TrackedRun:
         }
         self.recorder = tracking.recorder = tracking.Recorder(Journal(folder, begun))
         self._sender = Sender(self.recorder.journal, self._store) if self._store else None
+        self.shared = bool(shared)
+        self._monitor = MachineMonitor(self.recorder.headline, seconds) if seconds else None
         _open_runs.append(self)
 
     def finish(self, status: str, seconds: float = 30.0) -> None:
@@ -317,6 +363,8 @@ class _TrackedRun:
             return
         _open_runs.remove(self)
         tracking.recorder = None
+        if self._monitor:
+            self._monitor.finish()
         self.recorder.close_all(status, parent=not self._keep_open)
         journal, again = self.recorder.journal, "" if status == "FINISHED" else "The same command continues this run."
         send = f"`kedro tracking send{f' --env {self._env}' if self._env else ''}`"
@@ -511,12 +559,14 @@ def _described_by_dvc(run_params: dict[str, Any], root: Path) -> bool:
 def _run_name(run_params: dict[str, Any], shared: str | None) -> str:
     """Such as ``full_distill``, ``tscd tscd_k2 (smoke)``: pipelines, namespaces, and the environment unless it is the default.
 
-    A run that several commands share is called by its id.
+    What was changed on the command line follows: ``tscd tscd.loop.steps=50``. A run that several commands share is called by its id.
     """
     names = [name.replace("__default__", "full_distill") for name in run_params["pipeline_names"] or ["__default__"]]
     env = run_params["env"]
     own = [shared] if shared else [*names, *(run_params["namespaces"] or ())]
-    return " ".join([*own, *([f"({env})"] if env not in (None, "local", "base") else [])])
+    given = {} if shared else tracking.flatten(run_params.get("runtime_params") or {}, sep=".", lists=False)
+    changed = [f"{name}={str(value).replace(chr(39), '')}" for name, value in given.items()]
+    return " ".join([*own, *([f"({env})"] if env not in (None, "local", "base") else []), *changed])[:_LONGEST_NAME]
 
 
 def _git(root: Path, *arguments: str) -> str | None:

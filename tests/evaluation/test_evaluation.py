@@ -19,8 +19,9 @@ from hypersd_pipeline.diffusion.grids import trailing_timesteps
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.evaluation.bench import Bench, evaluate_lora, evaluate_teacher, prepare_reference
 from hypersd_pipeline.evaluation.reference import choose_rows, read_reference, reference_key
-from hypersd_pipeline.evaluation.results import last_words, summarise_models
+from hypersd_pipeline.evaluation.results import MODELS, at_a_glance, last_words, summarise_models
 from hypersd_pipeline.evaluation.sampling import batches, generate, prompt_noise, sample
+from hypersd_pipeline.evaluation.scores import read_scores
 from hypersd_pipeline.evaluation.ways import SamplingWaysConfig, measure_sampling
 from hypersd_pipeline.files import file_sha256
 from hypersd_pipeline.metrics.config import DiversityConfig, EvaluationConfig
@@ -184,8 +185,16 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
     metrics, _, write = evaluate_lora(lora(teacher, 0.0), teacher, reference, CONFIG)
     write(stage_samples)
     assert {f"{n}_steps" for n in (1, 2, 4)} == {
-        p.name for p in stage_samples.iterdir()
+        p.name for p in stage_samples.iterdir() if p.is_dir()
     }  # the contract's four steps are added to the configured ones
+    scores = read_scores(stage_samples)
+    assert scores.prompts == split.prompts and scores.identity == read_scores(teacher_samples).identity
+    assert {f"{name}/{n}_steps" for n, rows in scores.values.items() for name in rows} == {
+        name for name in metrics if "/" in name and not name.startswith("unseen_") and not name.endswith(("_low", "_high"))
+    }
+    for n, rows in scores.values.items():
+        for name, values in rows.items():
+            assert float(values.mean()) == pytest.approx(metrics[f"{name}/{n}_steps"], rel=1e-9)
     for name in ("fd_efficientnet_lite0_real", "fd_efficientnet_lite0_recon", "clip_score", "image_quality"):
         low, value, high = (metrics[f"{name}/4_steps{end}"] for end in ("_low", "", "_high"))
         assert low <= value <= high
@@ -203,6 +212,23 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
     assert set(headline) == {"teacher_3_steps", "k4_4_steps"}
     assert headline["k4_4_steps"]["image_quality"] == metrics["image_quality/4_steps"]
     assert main_grid.height == grid.height and main_grid.width > 190 + 2 * 128
+
+
+def test_few_metrics_tell_runs_apart_and_have_a_direction() -> None:
+    rows = {f"{name}/{n}_steps": float(n) for name in ("unseen_fd_x_recon", "fd_x_real", "fd_x_recon", "clip_score") for n in (1, 4, 25)}
+    assert at_a_glance("k4", rows) == {"lower is better/k4 4 steps fd_x_recon": 4.0}
+    assert at_a_glance("teacher", rows) == {"lower is better/teacher 25 steps fd_x_recon": 25.0}
+    assert at_a_glance("unified", rows) == {
+        "lower is better/unified 1 step fd_x_recon": 1.0,
+        "lower is better/unified 4 steps fd_x_recon": 4.0,
+        "higher is better/unified 4 steps clip_score": 4.0,
+    }
+    assert at_a_glance("lcm", rows) == {} == at_a_glance("k4", {})
+    most = [
+        at_a_glance(model, {f"{name}/{n}_steps": 1.0 for name in ("fd_x_recon", "clip_score") for n in (1, 2, 4, 8)})
+        for model in (*MODELS, "teacher")
+    ]
+    assert sum(map(len, most)) + 2 <= 12  # with time and memory
 
 
 def test_empty_lora_is_the_teacher_without_guidance(reference: Path, teacher: TeacherConfig) -> None:

@@ -28,10 +28,11 @@ from hypersd_pipeline.evaluation.reference import (
     write_reference,
 )
 from hypersd_pipeline.evaluation.samples import steps_label, write_samples
+from hypersd_pipeline.evaluation.scores import PromptScores, identity_of
 from hypersd_pipeline.evaluation.scoring import Way, diversity, score_samples
 from hypersd_pipeline.metrics.clip_score import clip_scores
 from hypersd_pipeline.metrics.config import EvaluationConfig
-from hypersd_pipeline.metrics.frechet import frechet_estimate, mean_estimate
+from hypersd_pipeline.metrics.frechet import Estimate, frechet_estimate, mean_estimate
 from hypersd_pipeline.metrics.grids import labelled_grid
 from hypersd_pipeline.metrics.scorer import Scorer, Scores
 from hypersd_pipeline.models.contract import Contract
@@ -90,6 +91,8 @@ class Bench:
     splits: dict[str, SplitReference]
     cond: dict[str, Conditioning] = field(default_factory=dict)
     texts: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """What each prompt of the split ``test`` adds to a metric: by row of the table, then by metric."""
 
     @classmethod
     def load(cls, teacher: TeacherConfig, reference: Path, config: EvaluationConfig, data: str | None = None) -> Bench:
@@ -141,16 +144,29 @@ class Bench:
         metrics: Metrics = {}
         for kind in against:
             other = getattr(self.splits[split], kind).features
-            metrics |= frechet_estimate(scores.features, other, paired=True, **options).flat(f"{prefix}{self.scorer.distance}_{kind}/{row}")
+            distance = frechet_estimate(scores.features, other, paired=True, **options)
+            metrics |= self._noted(distance, f"{prefix}{self.scorer.distance}_{kind}", row)
         clip = clip_scores(scores.embeddings, self.texts[split])
-        metrics |= mean_estimate(clip, **options).flat(f"{prefix}clip_score/{row}")
+        metrics |= self._noted(mean_estimate(clip, **options), f"{prefix}clip_score", row)
         for name, values in {**({"image_quality": scores.quality} if self.config.image_quality else {}), **scores.rewards}.items():
-            metrics |= mean_estimate(values, **options).flat(f"{prefix}{name}/{row}")
+            metrics |= self._noted(mean_estimate(values, **options), f"{prefix}{name}", row)
         for kind in against:
             other = getattr(self.splits[split], kind).crops
             name = f"{prefix}{self.scorer.distance}_crop_{kind}/{row}"
             metrics |= frechet_estimate(scores.crops, other, paired=True, **options).flat(name)
         return metrics
+
+    def _noted(self, estimate: Estimate, name: str, row: str) -> Metrics:
+        """The flat metrics of an estimate, whose parts are kept for comparisons."""
+        if estimate.rows is not None and not name.startswith("unseen_"):
+            self.rows.setdefault(row, {})[name] = estimate.rows
+        return estimate.flat(f"{name}/{row}")
+
+    def prompt_scores(self, steps: Iterable[int]) -> PromptScores:
+        """Of these numbers of steps, which were measured: the scores of each prompt."""
+        split = self.splits["test"]
+        values = {n: self.rows[f"{n}_steps"] for n in steps}
+        return PromptScores(split.prompts, identity_of(split, self.config), values)
 
 
 def _prefix(split: str) -> str:
@@ -173,7 +189,7 @@ def _evaluate(
         metrics["unseen_samples"] = len(bench.splits["test_unseen"])
     prompts = bench.splits["test"].prompts[: bench.config.grid_prompts]
     grid = labelled_grid([(steps_label(n), images) for n, images in samples.items()], prompts)
-    return metrics, grid, functools.partial(write_samples, samples=samples)
+    return metrics, grid, functools.partial(write_samples, samples=samples, scores=bench.prompt_scores(samples))
 
 
 @on_processes

@@ -63,6 +63,29 @@ def headline(frame: pd.DataFrame, rows: Iterable[tuple[str, int]]) -> dict[str, 
     return picked
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is a distance between sets of images, whose size depends on how many there are."""
+    return metric.startswith(("fd_", "fid_", "frechet_")) or "distance" in metric
+
+
+def at_a_glance(model: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The one or two metrics by which runs are compared at a glance, with their direction: ``lower is better/k4 4 steps fd_..._recon``.
+
+    Args:
+        model: ``teacher``, or one of `MODELS`. metrics: its evaluation's. Returns nothing for another model.
+    """
+    measured = [int(match[1]) for match in (re.fullmatch(r"clip_score/(\d+)_steps", name) for name in metrics) if match]
+    steps = {**MODELS, "unified": (1, 4), "teacher": (max(measured, default=0),)}.get(model, ())
+    found = {}
+    for n in steps:
+        distance = next((name for name in metrics if name.endswith(f"_recon/{n}_steps") and not name.startswith("unseen_")), None)
+        shown = [distance, f"clip_score/{n}_steps" if (model, n) == ("unified", 4) else None]
+        for name in (name for name in shown if name in metrics and name is not None):
+            direction = "lower" if lower_is_better(name) else "higher"
+            found[f"{direction} is better/{model} {steps_label(n)} {name.partition('/')[0]}"] = float(metrics[name])
+    return found
+
+
 def last_words(picked: Mapping[str, Mapping[str, float]]) -> str | None:
     """One sentence that compares a run's models in three numbers: the teacher at most steps, the last stage at many and at one.
 
@@ -103,7 +126,7 @@ def markdown(frame: pd.DataFrame, config: EvaluationConfig) -> str:
 def _pivot(part: pd.DataFrame) -> str:
     """Rows are models and numbers of steps, columns are metrics, the short ones last."""
     metrics = sorted(dict.fromkeys(part.metric), key=lambda metric: metric in _SHORT)
-    head = ["model", "steps", *(_title(m) for m in metrics)]
+    head = ["model", "steps", *(title(m) for m in metrics)]
     lines = [head, ["-"] * len(head)]
     for (model, row), group in part.groupby(["model", "row"], sort=False):
         cells = {
@@ -116,7 +139,8 @@ def _pivot(part: pd.DataFrame) -> str:
     return "\n".join("|" + "|".join(map(str, line)) + "|" for line in lines)
 
 
-def _title(metric: str) -> str:
+def title(metric: str) -> str:
+    """A metric's name for readers."""
     for suffix, words in (("_real", " to real"), ("_recon", " to reconstructions")):
         if metric.endswith(suffix):
             name, crop = metric.removesuffix(suffix), " on crops" if metric.endswith(f"_crop{suffix}") else ""

@@ -1,4 +1,4 @@
-"""Sample images of a model in a folder, by number of steps and row."""
+"""Sample images of a model in a folder, by number of steps and row, and the scores of all its prompts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from hypersd_pipeline.evaluation.scores import PromptScores, write_scores
 
-def write_samples(folder: Path, samples: Mapping[int, list[Image.Image]]) -> None:
-    """Write ``<steps>_steps/<row>.png``. What an earlier run left is removed."""
+
+def write_samples(folder: Path, samples: Mapping[int, list[Image.Image]], scores: PromptScores | None = None) -> None:
+    """Write ``<steps>_steps/<row>.png``, and ``scores.safetensors``. What an earlier run left is removed."""
     for stale in folder.glob("*_steps"):
         shutil.rmtree(stale)
     for steps, images in samples.items():
@@ -18,6 +20,8 @@ def write_samples(folder: Path, samples: Mapping[int, list[Image.Image]]) -> Non
         target.mkdir()
         for row, image in enumerate(images):
             image.save(target / f"{row:02d}.png")
+    if scores is not None:
+        write_scores(folder, scores)
 
 
 def read_samples(folder: Path, steps: int) -> list[Image.Image]:

@@ -215,7 +215,7 @@ class Delivery:
             return True
         if getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"):
             return True
-        if "artifact" not in entry:
+        if not {"artifact", "image"} & entry.keys():
             return False
         if isinstance(error, FileNotFoundError | PermissionError | ImportError):
             return True
@@ -234,6 +234,10 @@ class Delivery:
             self._send_parameters(self.runs[entry["run"]], entry["params"])
         elif "tags" in entry:
             self._store.tag(self.runs[entry["run"]], entry["tags"])
+        elif "dataset" in entry:
+            self._send_dataset(self.runs[entry["run"]], entry["dataset"])
+        elif "image" in entry:
+            self._send_image(self.runs[entry["run"]], entry["image"], entry["name"])
         elif "artifact" in entry:
             path, run_id = Path(entry["artifact"]), self.runs[entry["run"]]
             if path.is_dir():
@@ -253,6 +257,22 @@ class Delivery:
         for run_id, points in metrics.items():
             for start in range(0, len(points), _BATCH["metrics"]):
                 self._store.client.log_batch(run_id, points[start : start + _BATCH["metrics"]])
+
+    def _send_dataset(self, run_id: str, given: Mapping[str, str]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._store.client.log_inputs(run_id, [DatasetInput(Dataset(**given), tags)])
+
+    def _send_image(self, run_id: str, path: str, name: str) -> None:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path, formats=["PNG"]) as opened:
+                image = opened.convert("RGB")
+        except UnidentifiedImageError as error:
+            raise FileNotFoundError(f"{path} is no PNG file") from error  # it never will be
+        self._store.client.log_image(run_id, image, key=name, step=0)
 
     def _send_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
         """MLflow keeps the first value of a parameter for good: another one is recorded as ``name.2`` and so on."""

@@ -28,6 +28,8 @@ from hypersd_pipeline.masking import masked
 
 log = logging.getLogger(__name__)
 
+_RUNS_FIRST = "workflowType=machine_learning"
+"""Ends an address of MLflow's pages so that they show runs. Without it MLflow 3 shows its pages for language models, which have none."""
 KEY_TAG, PROCESS_TAG, LEASE_TAG, PARENT_TAG = "run_key", "process", "lease", "mlflow.parentRunId"
 LEASE_SECONDS = 120.0  # a process that renewed its lease longer ago is taken for dead by other hosts
 _LOCKED_SECONDS = 20.0
@@ -203,7 +205,7 @@ class Store:
     def page(self, run_id: str) -> str:
         """Where `run_id` is to be seen: an address, or the command that makes it one."""
         experiment = self.client.get_run(run_id).info.experiment_id
-        place = f"/#/experiments/{experiment}/runs/{run_id}"
+        place = f"/#/experiments/{experiment}/runs/{run_id}?{_RUNS_FIRST}"
         if self.uri.startswith("http"):
             return f"see {masked(self.uri).rstrip('/')}{place}"
         uri = masked(self.uri)

@@ -47,11 +47,15 @@ def finite(values: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
+def without_intervals(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Final metrics, flattened, without the ends of their intervals (``..._low``, ``..._high``)."""
+    return {name: value for name, value in finite(flatten(metrics)).items() if not name.endswith(("_low", "_high"))}
+
+
 class Recorder:
     """Writes to a journal on behalf of the innermost open run. Runs are opened inside each other.
 
-    A stage's metrics carry plain names (``train/loss``) in its own run, equal from stage to stage, and have the stage in front
-    (``tscd_k4/train/loss``) in the pipeline's run, so that two pipeline runs compare on one page.
+    A stage's metrics are in its own run. The pipeline's run has the few by which runs compare at a glance, see `headline`.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -101,13 +105,25 @@ class Recorder:
         """Keep a file, or a folder under the name `folder`, in the innermost run."""
         self.journal.write({"run": self._run, "artifact": path, "to": folder})
 
-    def metrics(self, values: Mapping[str, float], brief: Mapping[str, float], step: int) -> None:
-        """Add `values` to the innermost run, and `brief` to the pipeline's with the stage in front."""
-        point = {"step": step, "time": milliseconds()}
+    def image(self, path: str, name: str) -> None:
+        """Show a PNG file under `name` among the innermost run's images."""
+        self.journal.write({"run": self._run, "image": path, "name": name})
+
+    def dataset(self, name: str, digest: str, source: str) -> None:
+        """Say which data the pipeline's run was trained on."""
+        self.journal.write({"run": PIPELINE, "dataset": {"name": name, "digest": digest[:36], "source_type": "local", "source": source}})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Add `values` to the innermost run."""
+        self._point(self._run, values, step)
+
+    def headline(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Add `values` to the pipeline's run."""
+        self._point(PIPELINE, values, step)
+
+    def _point(self, run: str, values: Mapping[str, float], step: int) -> None:
         if values:
-            self.journal.write({"run": self._run, "metrics": dict(values), **point})
-        if brief and len(self._names) == 1:
-            self.journal.write({"run": PIPELINE, "metrics": {f"{self.stage}/{name}": value for name, value in brief.items()}, **point})
+            self.journal.write({"run": run, "metrics": dict(values), "step": step, "time": milliseconds()})
 
 
 recorder: Recorder | None = None  # of the running pipeline. Set by the hook
@@ -133,18 +149,10 @@ def child_run(name: str, parameters: Mapping[str, Any]) -> Iterator[None]:
 def log_point(values: Mapping[str, Any], step: int) -> None:
     """Record a point of live curves."""
     if recorder is not None:
-        numbers = finite(values)
-        recorder.metrics(numbers, numbers, step)
+        recorder.metrics(finite(values), step)
 
 
 def log_final(metrics: Mapping[str, Any]) -> None:
-    """Record final metrics, flattened, in the active run and, with the stage's name in front, in its parent.
-
-    The parent gets no interval ends (``..._low``, ``..._high``): there runs are compared at a glance. They are in the stage's own run and
-    in the results table.
-    """
-    if recorder is None:
-        return
-    values = finite(flatten(metrics))
-    brief = {name: value for name, value in values.items() if not name.endswith(("_low", "_high"))}
-    recorder.metrics(values if recorder.stage else brief, brief, 0)
+    """Record final metrics, flattened, in the active run."""
+    if recorder is not None:
+        recorder.metrics(finite(flatten(metrics)), 0)

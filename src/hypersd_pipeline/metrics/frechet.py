@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,11 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric with its 95 % interval."""
+    """A metric with its 95 % interval.
+
+    Attributes:
+        rows: ``[n]`` float64, what each image adds: their mean is `value`. Two models compare by them, image by image. None where the
+            metric has no such parts.
+    """
 
     value: float
     low: float
     high: float
+    rows: Tensor | None = field(default=None, repr=False, compare=False)
 
     def flat(self, name: str) -> dict[str, float]:
         """``{name, name_low, name_high}``, as metrics are logged."""
@@ -99,14 +105,14 @@ def frechet_estimate(x: Tensor, y: Tensor, resamples: int = 1000, seed: int = 0,
     )
     value = frechet_distance(x, y)
     low, high = _quantiles(torch.as_tensor(moves))
-    return Estimate(value, max(0.0, value + low), value + high)
+    return Estimate(value, max(0.0, value + low), value + high, value + f_x + f_y if paired else None)
 
 
 def mean_estimate(values: Tensor, resamples: int = 1000, seed: int = 0) -> Estimate:
     """The mean of ``[n]`` and its 95 % percentile bootstrap interval."""
     values = values.double().cpu()
     low, high = _quantiles(_resampled_means(values, resamples, torch.Generator().manual_seed(seed)))
-    return Estimate(float(values.mean()), low, high)
+    return Estimate(float(values.mean()), low, high, values)
 
 
 def _resampled_means(values: Tensor, resamples: int, generator: torch.Generator) -> Tensor:

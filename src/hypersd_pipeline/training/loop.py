@@ -299,7 +299,8 @@ def train(
 
     Returns:
         ``mean_images_per_second``, ``mean_step_seconds`` (of the last process that trained), ``peak_memory_mb``, ``final_loss``,
-        ``total_skipped_steps``, ``total_rollbacks`` and ``constants``. For a stage that was finished before, what it had then.
+        ``total_skipped_steps``, ``total_rollbacks``, ``train_seconds`` (with those before an interruption) and ``constants``. For a stage
+        that was finished before, what it had then.
 
     Raises:
         UserError: another process trains the same stage, or see `training.resume.check_restart`.
@@ -424,7 +425,9 @@ class _Run:
 
     def save(self, step: int, summary: Mapping[str, float]) -> None:
         self.read()
-        self.report = {**self.constants, **summary, "total_skipped_steps": float(self.skipped), "total_rollbacks": float(self.rollbacks)}
+        seconds = self.seconds_before + time.perf_counter() - self.began
+        counts = {"total_skipped_steps": float(self.skipped), "total_rollbacks": float(self.rollbacks)}
+        self.report = {**self.constants, **summary, **counts, "train_seconds": seconds}
         self.saved = step
         if not distributed.is_first():
             return
@@ -433,7 +436,7 @@ class _Run:
             "generator": self.generator.get_state(),
             "counts": {"bad": self.bad, "skipped": self.skipped, "rollbacks": self.rollbacks},
             "report": self.report,
-            "seconds": self.seconds_before + time.perf_counter() - self.began,
+            "seconds": seconds,
             "modules": {k: v.state_dict() for k, v in self.state.items()},
         }
         self.checkpoints.save(step, self.key, payload, self.identity)
