@@ -27,7 +27,7 @@ TARGETS = (
 
 @cache
 def public(layout: Layout) -> Mapping[str, Any]:
-    """What is published of a model: ``ids`` on the hub, ``networks`` (class, config, number of parameters), ``tokenizers``, ``scheduler``."""
+    """What is published of a model: ``ids`` on the hub, ``networks`` (class and config), ``tokenizers``, ``scheduler``."""
     return json.loads((FOLDER / f"{layout}.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -44,8 +44,8 @@ def description(config: TeacherConfig) -> Mapping[str, Any]:
     known: list[Layout] = [layout for layout in layouts if config.layout == layout or config.source in public(layout)["ids"]]
     if not known:
         raise UserError(
-            f"teacher.source: {config.source} is no folder, and its architecture is not known here; set teacher.layout to sd15 or sdxl if it "
-            "has the architecture of that model, or give a folder."
+            f"teacher.source: {config.source} is no folder, and its architecture is not known here; set teacher.layout to sd15 or sdxl if "
+            "it has the architecture of that model, or give a folder."
         )
     return public(known[0])
 

@@ -92,9 +92,10 @@ def load_judges(stage: FeedbackConfig, device: torch.device) -> Judges:
     return Judges(trained, load_reward(stage.held_out, device, to_train_on=False))
 
 
-def feedback_adapters(model: Teacher, lora: LoRA, stage: FeedbackConfig) -> AdaptedBackbone:
-    """The feedback LoRA on the network into which ``lora`` is merged."""
-    merge_lora(model.backbone.module, lora)  # with its adapter off, the network is then the distilled model, which the anchor needs
+def feedback_adapters(model: Teacher, lora: LoRA | None, stage: FeedbackConfig) -> AdaptedBackbone:
+    """The feedback LoRA on the network into which ``lora`` is merged. None: on the network as it is."""
+    if lora is not None:
+        merge_lora(model.backbone.module, lora)  # with its adapter off, the network is then the distilled model, which the anchor needs
     hold_frozen(model.backbone, stage)
     adapters = AdaptedBackbone(
         model.backbone,

@@ -130,9 +130,7 @@ def measured(command: Sequence[str], logs: Path) -> tuple[int, float, float]:
     logs.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with open(logs, "wb") as file:
-        process = subprocess.Popen(
-            list(command), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HYPERSD_TRACKING": "offline"}
-        )
+        process = subprocess.Popen(list(command), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HYPERSD_TRACKING": "offline"})
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:

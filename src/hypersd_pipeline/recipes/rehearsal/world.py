@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hypersd_pipeline.config import Count, Side, Strict
 from hypersd_pipeline.data.config import CocoSource, DataConfig, TwemojiSource
@@ -22,7 +22,7 @@ from hypersd_pipeline.models.public import description, write_random_teacher
 from hypersd_pipeline.models.teacher import Dtype, TeacherConfig
 from hypersd_pipeline.recipes.rehearsal.judges import RandomJudges, Values
 from hypersd_pipeline.rewards import RewardConfig
-from hypersd_pipeline.training.config import FeedbackConfig, StageConfig
+from hypersd_pipeline.training.config import FeedbackConfig, StageConfig, changed
 from hypersd_pipeline.training.terms import MatchingConfig, PerceptualConfig, RegressionConfig, RewardTermConfig
 
 SPLITS = {"train": 12, "val": 4, "test": 6}
@@ -42,6 +42,8 @@ class RehearsalConfig(Strict):
             rehearses PickScore as its held-out reward.
         unet_rewards: rehearse the one-step UNet with its rewards too. The unified LoRA rehearses them anyway, and three networks with the
             gradients of one need the memory.
+        only: parts of the job, or how their names begin, as a list or with spaces between. What is not named counts as done before. None:
+            all.
         keep: keep the random weights and what was trained on them.
     """
 
@@ -53,7 +55,13 @@ class RehearsalConfig(Strict):
     dtype: Dtype | None = None
     leave_out: tuple[str, ...] = Field(default=("pick_score", "hps_v2"))
     unet_rewards: bool = False
+    only: tuple[str, ...] | None = None
     keep: bool = False
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _split(cls, only: object) -> object:
+        return only.split() if isinstance(only, str) else only
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,18 @@ class Environment:
 
 @dataclass(frozen=True)
 class World:
-    """Where a rehearsal takes place. folder: that of its environment. conf: with the environment ``name``."""
+    """Where a rehearsal takes place.
+
+    Attributes:
+        folder: that of its environment. conf: with the environment ``name``.
+        teacher, stages: as they are rehearsed.
+    """
 
     name: str
     folder: Path
     conf: Path
+    teacher: TeacherConfig
+    stages: Mapping[str, StageConfig]
 
 
 def make_world(config: RehearsalConfig, environment: Environment) -> World:
@@ -97,7 +112,8 @@ def make_world(config: RehearsalConfig, environment: Environment) -> World:
     extends = {"extends": config.environment} if own else {}
     (conf / name).mkdir()
     write_text(conf / name / "parameters.yml", yaml.safe_dump({**extends, **values}, sort_keys=False))
-    return World(name, folder, conf)
+    rehearsed = changed(environment.teacher, **values.get("teacher", {}))
+    return World(name, folder, conf, rehearsed, {key: changed(stage, **values[key]["stage"]) for key, stage in environment.stages.items()})
 
 
 def overrides(config: RehearsalConfig, environment: Environment, raw: Path) -> Values:
@@ -150,9 +166,9 @@ def _evaluation(evaluation: EvaluationConfig, leave_out: Iterable[str], judges: 
         "samples": 4, "unseen_samples": 4, "batch_size": 2, "student_steps": [1, 4], "teacher_steps": [1, 4], "bootstrap": 100,
         "grid_prompts": 2,
     }  # fmt: skip
-    for name, changed in (("features", judges.features(evaluation.features)), ("clip", judges.clip(evaluation.clip))):
-        if changed:
-            values[name] = changed
+    for name, section in (("features", judges.features(evaluation.features)), ("clip", judges.clip(evaluation.clip))):
+        if section:
+            values[name] = section
     rewards = [reward for reward in evaluation.rewards if reward.kind not in leave_out]
     if rewards or evaluation.rewards:
         values["rewards"] = [_whole(reward, judges) for reward in rewards]
@@ -200,6 +216,6 @@ def _write_coco(root: Path, side: int) -> None:
              "bbox": [low, low, high - low, high - low]}
             for i in images
         ]  # fmt: skip
-        for kind, annotations in (("captions", captions), ("instances", instances)):
-            content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
+        for kind, listed in (("captions", captions), ("instances", instances)):
+            content = {"images": images, "annotations": listed, "categories": [{"id": 1, "name": "person"}]}
             write_text(root / "annotations" / f"{kind}_{split}.json", json.dumps(content))
