@@ -94,7 +94,7 @@ def test_a_plan_has_hours_cost_and_disk_and_refuses_what_does_not_fit(tmp_path, 
     require_fit(plan(), table)
     tight = plan(memory_gib=0.01, reserved_gib=0.0)
     table, _ = make_plan(tight, teacher, data, {"tscd_k4": stage})
-    with pytest.raises(UserError, match="tscd_k4 needs .* a small has"):
+    with pytest.raises(UserError, match=r"tscd_k4 needs .* a small has"):
         require_fit(tight, table)
     require_fit(plan(memory_gib=0.01, reserved_gib=0.0, refuse=False), table)
 
