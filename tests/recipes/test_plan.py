@@ -83,7 +83,7 @@ def test_stages_that_differ_in_weights_need_the_same(stage):
 
 
 def test_a_plan_has_hours_cost_and_disk_and_refuses_what_does_not_fit(tmp_path, teacher, stage, needs):
-    data = DataConfig(source=FolderSource(kind="folder", root=tmp_path, splits={"train": {"share": [0.0, 1.0]}}))
+    data = DataConfig(source=FolderSource(kind="folder", root=str(tmp_path), splits={"train": {"share": [0.0, 1.0]}}))
     table, text = make_plan(plan(utilisation=0.5), teacher, data, {"tscd_k4": stage})
     hours = 1000 * 2 * needs.operations / (50e12 * 0.5) / 3600
     line = table.iloc[0]
@@ -92,11 +92,11 @@ def test_a_plan_has_hours_cost_and_disk_and_refuses_what_does_not_fit(tmp_path, 
     latents, texts = caches_gb(teacher, data, description(teacher), 100)
     assert latents == 100 * 2 * 4 * 8 * 8 * 4 / GB and texts == 100 * 77 * 32 * 4 / GB
     require_fit(plan(), table)
-    tight = plan(memory_gib=0.01, reserved_gib=0.0)
+    tight = plan(memory_gib=0.002, reserved_gib=0.0)
     table, _ = make_plan(tight, teacher, data, {"tscd_k4": stage})
     with pytest.raises(UserError, match=r"tscd_k4 needs .* a small has"):
         require_fit(tight, table)
-    require_fit(plan(memory_gib=0.01, reserved_gib=0.0, refuse=False), table)
+    require_fit(plan(memory_gib=0.002, reserved_gib=0.0, refuse=False), table)
 
 
 def test_an_unknown_profile_is_refused():
