@@ -32,6 +32,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
     - ``like: tscd`` in a section of parameters: the section is a copy of ``tscd`` in which its own keys override. It is done after all
       environments and ``--params`` are merged.
     - ``${data:06_models}`` in any file: a path in the folder that the environment writes to, ``data`` or ``data/<environment>``.
+      ``${environment:}`` is its name, and ``${conf_source:}`` the folder of all environments.
     """
 
     def __getitem__(self, key: str) -> dict[str, Any]:
@@ -43,6 +44,8 @@ class ProjectConfigLoader(OmegaConfigLoader):
         """
         # Resolvers are global: another loader may have registered its own environment.
         OmegaConf.register_new_resolver("data", self.data_folder, replace=True)
+        OmegaConf.register_new_resolver("environment", lambda: self.env or self.base_env, replace=True)
+        OmegaConf.register_new_resolver("conf_source", lambda: str(self.conf_source), replace=True)
         try:
             if key != "parameters" or key in self:
                 return super().__getitem__(key)

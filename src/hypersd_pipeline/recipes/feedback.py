@@ -56,7 +56,7 @@ def train_feedback(
     perceptual = None if stage.perceptual is None else stage.perceptual.load(device)
     model = load_teacher(teacher, parts=("backbone", "vae"), device=device)
     latents.require_teacher(model)
-    adapters = _adapters(model, lora, stage)
+    adapters = feedback_adapters(model, lora, stage)
     student, weights = adapters.denoiser(STUDENT), adapters.parameters(STUDENT)
     probe = guard_probe(model, judges, evaluation, stage, latents)
     bf16 = stage.loop.mixed_precision == "bf16"
@@ -92,8 +92,10 @@ def load_judges(stage: FeedbackConfig, device: torch.device) -> Judges:
     return Judges(trained, load_reward(stage.held_out, device, to_train_on=False))
 
 
-def _adapters(model: Teacher, lora: LoRA, stage: FeedbackConfig) -> AdaptedBackbone:
-    merge_lora(model.backbone.module, lora)  # with its adapter off, the network is then the distilled model, which the anchor needs
+def feedback_adapters(model: Teacher, lora: LoRA | None, stage: FeedbackConfig) -> AdaptedBackbone:
+    """The feedback LoRA on the network into which ``lora`` is merged. None: on the network as it is."""
+    if lora is not None:
+        merge_lora(model.backbone.module, lora)  # with its adapter off, the network is then the distilled model, which the anchor needs
     hold_frozen(model.backbone, stage)
     adapters = AdaptedBackbone(
         model.backbone,

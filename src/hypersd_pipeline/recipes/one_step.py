@@ -8,10 +8,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.data.trajectories import make_noise_pairs, walk_noise_pairs
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.models.adapters import AdaptedBackbone
+from hypersd_pipeline.models.backbones import Backbone
 from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA, combine, merge_lora
 from hypersd_pipeline.models.one_step import write_network
@@ -85,20 +88,7 @@ def train_unified(
     """
     accelerator = make_accelerator(stage.loop)
     model = load_for(stage, teacher, latents, accelerator)
-    hold_frozen(model.backbone, stage)
-    adapters = AdaptedBackbone(
-        model.backbone,
-        model.process,
-        rank=start.rank if start else stage.lora.rank,
-        target_modules=tuple(start.modules()) if start else stage.lora.target_modules,
-        trainable=("student", CRITIC),
-        start=start,
-        fresh_names=(CRITIC,),
-        ranks=_critic_rank(stage),
-        seed=stage.loop.seed,
-    )
-    if stage.gradient_checkpointing:
-        model.backbone.checkpoint_gradients()
+    adapters = unified_adapters(model, stage, start)
     student, ema = adapters.parameters("student"), adapters.parameters("ema")
     stored = stored_pairs(stage, pairs, latents, model, start)
     report = run_stage(
@@ -116,6 +106,29 @@ def train_unified(
     contract = Contract(1, stage.sampling.eta, "tcd", one_step_timestep=_told(stage, model))
     metadata = {**provenance(model, latents, METHOD), "sampling_contract": contract.to_json(model.scheduler_config())}
     return adapters.export("ema", metadata), report
+
+
+def unified_adapters(model: Teacher, stage: OneStepConfig, start: LoRA | None, rank: int | None = None) -> AdaptedBackbone:
+    """Student, average and critic on one network.
+
+    Args:
+        rank: of a LoRA to start from that is not there yet. None: that of ``start``, or else the stage's.
+    """
+    hold_frozen(model.backbone, stage)
+    adapters = AdaptedBackbone(
+        model.backbone,
+        model.process,
+        rank=rank or (start.rank if start else stage.lora.rank),
+        target_modules=tuple(start.modules()) if start else stage.lora.target_modules,
+        trainable=("student", CRITIC),
+        start=start,
+        fresh_names=(CRITIC,),
+        ranks=_critic_rank(stage),
+        seed=stage.loop.seed,
+    )
+    if stage.gradient_checkpointing:
+        model.backbone.checkpoint_gradients()
+    return adapters
 
 
 def _told(stage: OneStepConfig, model: Teacher) -> int | None:
@@ -138,6 +151,30 @@ def train_unet(
     """
     accelerator = make_accelerator(stage.loop)
     model = load_for(stage, teacher, latents, accelerator)
+    backbone, average, adapters = unet_networks(model, stage, start)
+    student = backbone.module
+    sources, targets = list(student.parameters()), list(average.parameters())
+    stored = stored_pairs(stage, pairs, latents, model, start)
+    report = run_stage(
+        "one-step UNet",
+        stage,
+        context_of(stage, model, adapters, latents, Denoiser(backbone, model.process), pairs=stored),
+        outputs,
+        accelerator,
+        parameters=sources,
+        identity=stage_identity(stage, model, latents, start, "one-step UNet"),
+        state={"adapters": adapters, "student": student, "average": average},
+        after_update=lambda: ema_update(targets, sources, stage.ema_decay),
+        full=True,
+    )
+    told = model.process.last_timestep if stage.sample.timestep is None else stage.sample.timestep
+    contract = json.loads(Contract(1, only_timestep=told).to_json(model.scheduler_config()))
+    network, metadata = type(model.backbone)(average), provenance(model, latents, METHOD)
+    return functools.partial(write_network, network=network, contract=contract, metadata=metadata), report
+
+
+def unet_networks(model: Teacher, stage: OneStepConfig, start: LoRA | None) -> tuple[Backbone, nn.Module, AdaptedBackbone]:
+    """The student, its average, and the teacher with the critic."""
     student = copy.deepcopy(model.backbone.module).float().requires_grad_(True)  # in bf16 a LoRA, or an update of 1e-6, would round away
     if start is not None:
         merge_lora(student, start)
@@ -161,21 +198,4 @@ def train_unet(
         backbone.compile()
     for network in (backbone, model.backbone) if stage.gradient_checkpointing else ():
         network.checkpoint_gradients()
-    sources, targets = list(student.parameters()), list(average.parameters())
-    stored = stored_pairs(stage, pairs, latents, model, start)
-    report = run_stage(
-        "one-step UNet",
-        stage,
-        context_of(stage, model, adapters, latents, Denoiser(backbone, model.process), pairs=stored),
-        outputs,
-        accelerator,
-        parameters=sources,
-        identity=stage_identity(stage, model, latents, start, "one-step UNet"),
-        state={"adapters": adapters, "student": student, "average": average},
-        after_update=lambda: ema_update(targets, sources, stage.ema_decay),
-        full=True,
-    )
-    told = model.process.last_timestep if stage.sample.timestep is None else stage.sample.timestep
-    contract = json.loads(Contract(1, only_timestep=told).to_json(model.scheduler_config()))
-    network, metadata = type(model.backbone)(average), provenance(model, latents, METHOD)
-    return functools.partial(write_network, network=network, contract=contract, metadata=metadata), report
+    return backbone, average, adapters

@@ -28,10 +28,11 @@ def open_clip_shapes(name: str, key: str) -> Shapes:
     """Names and shapes of the tensors of an architecture. Raises UserError as `check_open_clip`."""
     from open_clip.model import CLIP
 
-    return shapes_of(lambda: CLIP(**_sizes(check_open_clip(name, key))))
+    return shapes_of(lambda: CLIP(**open_clip_sizes(check_open_clip(name, key))))
 
 
-def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+def open_clip_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """What ``open_clip.model.CLIP`` takes of a configuration."""
     return {k: v for k, v in config.items() if k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
 
 
@@ -45,7 +46,7 @@ def build_open_clip(name: str, path: Path, key: str) -> Any:
 
     config = check_open_clip(name, key)
     tensors = read_tensors(path)
-    model = CLIP(**_sizes(config))
+    model = CLIP(**open_clip_sizes(config))
     load_strictly(model, tensors, path)
     return model.eval().requires_grad_(False)
 

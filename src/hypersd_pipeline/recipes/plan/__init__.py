@@ -1,0 +1,1 @@
+"""What a run needs before it starts: memory, hours and disk, from the real code on tensors without memory."""

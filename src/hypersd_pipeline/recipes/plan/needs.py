@@ -1,0 +1,290 @@
+"""What a stage needs: its real objects are built, and two passes of it run, on tensors without memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hypersd_pipeline.conditioning import Conditioning
+from hypersd_pipeline.data.memory import MemoryRows
+from hypersd_pipeline.data.trajectories import NoisePairs
+from hypersd_pipeline.diffusion.denoiser import Denoiser
+from hypersd_pipeline.draws import Draws
+from hypersd_pipeline.files import write_text
+from hypersd_pipeline.models.adapters import AdaptedBackbone
+from hypersd_pipeline.models.public import build, default_dtype
+from hypersd_pipeline.models.teacher import Teacher, TeacherConfig
+from hypersd_pipeline.perception.protocol import Instances, LabelMap
+from hypersd_pipeline.recipes.blank import blank_perceptual, blank_reward
+from hypersd_pipeline.recipes.distil import make_adapters
+from hypersd_pipeline.recipes.feedback import STUDENT, feedback_adapters
+from hypersd_pipeline.recipes.one_step import unet_networks, unified_adapters
+from hypersd_pipeline.recipes.plan.dry import bytes_of, dry_run
+from hypersd_pipeline.recipes.stage import context_of
+from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, StageConfig, changed
+from hypersd_pipeline.training.cost import prepared_forwards
+from hypersd_pipeline.training.ema import ema_update
+from hypersd_pipeline.training.loop import make_accelerator, make_optimizer
+from hypersd_pipeline.training.stage import Stage, build_stage
+from hypersd_pipeline.training.terms import MatchingConfig, PerceptualConfig, RewardTermConfig
+
+UNET = "one_step_unet"
+_TOKENS = 77
+_ROWS = 4
+_OF_TIME = {"steps", "learning_rate", "schedule", "warmup_steps", "seed"}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one process that trains a stage with so many images a pass.
+
+    Attributes:
+        batch: images of a pass. parameters: of all networks. trained: of those, what the student's optimiser moves.
+        static: bytes between two passes: weights, moments, gradients that are kept. peak: bytes at the worst moment.
+        operations: floating-point operations of a pass. forward: of one pass of the frozen network without gradients.
+        checkpoint: bytes of one checkpoint.
+    """
+
+    batch: int
+    parameters: int
+    trained: int
+    static: int
+    peak: int
+    operations: int
+    forward: int
+    checkpoint: int
+
+    @property
+    def activations(self) -> int:
+        """Bytes that come and go within a pass."""
+        return self.peak - self.static
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A stage's real objects. modules: what a checkpoint holds besides optimisers and opponents."""
+
+    stage: Stage
+    adapters: AdaptedBackbone
+    networks: Sequence[nn.Module]
+    student: Sequence[nn.Parameter]
+    after_update: Callable[[], None]
+    modules: Sequence[Any]
+
+
+def needs_of(key: str, stage: StageConfig, teacher: TeacherConfig, told: Mapping[str, Any], batch: int | None = None) -> Needs:
+    """Build the stage and run an update of it, then a pass with everything in place, on tensors without memory.
+
+    Args:
+        key: such as ``tscd_k8``. told: the teacher's architecture, see `description`.
+        batch: images of a pass. None: the configuration's, for one process.
+    """
+    size = batch or stage.loop.batch_size // stage.loop.accumulate
+    passes = stage.loop.accumulate
+    stage = changed(stage, loop={"batch_size": size * passes, "compile": False}, terms=_without_warm_up(stage))
+    accelerator = make_accelerator(stage.loop)
+    model = blank_teacher(teacher, told)
+    with dry_run() as meter:
+        built = _build(key, stage, model, told)
+        optimizers = [make_optimizer(list(built.student), stage.loop), *built.stage.companions().values()]
+        generator = Draws()
+        generator.manual_seed(0)
+
+        def one_pass() -> None:
+            with accelerator.autocast():
+                loss, _ = built.stage(generator)
+            (loss / passes).backward()  # type: ignore[no-untyped-call]
+
+        one_pass()
+        for optimizer in optimizers:
+            optimizer.step()
+            if passes == 1:
+                optimizer.zero_grad()
+        built.after_update()
+        meter.reset()
+        static = meter.now
+        one_pass()
+        peak, operations = meter.peak, meter.operations
+        parameters = sum(p.numel() for p in {id(p): p for network in built.networks for p in network.parameters()}.values())
+        opponents = built.stage.state()
+        held = [part.state_dict() for part in (*built.modules, *opponents.values())]
+        checkpoint = bytes_of(held, [optimizer.state_dict() for optimizer in optimizers])
+        meter.reset()
+        with torch.no_grad(), accelerator.autocast():
+            noise, conditioning = torch.empty(size, *model.latent_shape), _conditioning(told, size)
+            built.adapters.denoiser(None).predict(noise, torch.zeros(size, dtype=torch.int64), conditioning)
+        forward = meter.operations
+        trained = sum(p.numel() for p in built.student)
+    return Needs(size, parameters, trained, static, peak, operations, forward, checkpoint)
+
+
+def _without_warm_up(stage: StageConfig) -> dict[str, Any]:
+    """A critic's warm-up needs no more memory than its updates, and would take long."""
+    return {name: {"critic": {"warmup_updates": 0}} for name, term in stage.active().items() if isinstance(term, MatchingConfig)}
+
+
+def form_of(key: str, stage: StageConfig) -> str:
+    """What memory depends on: stages that differ in weights, rates and numbers of updates need the same."""
+    values = stage.model_dump(mode="json", exclude={"loop": _OF_TIME, "sampling": True})
+    for name, term in values["terms"].items():
+        term.update(weight=bool(term["weight"]), segments=None)
+        if not term["weight"]:
+            values["terms"][name] = None
+    return repr((key if key == "one_step_unet" else type(stage).__name__, values))
+
+
+def preparation(stage: StageConfig, needs: Needs) -> float:
+    """Floating-point operations of what is made before the training: stored pairs."""
+    return prepared_forwards(stage, needs.batch) * needs.forward
+
+
+def blank_teacher(config: TeacherConfig, told: Mapping[str, Any]) -> Teacher:
+    """A teacher of the described architecture that knows its configuration, and has no networks yet."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        index: dict[str, Any] = dict(told["pipeline"])
+        for name, network in told["networks"].items():
+            (folder / name).mkdir()
+            write_text(folder / name / "config.json", json.dumps({**network["config"], "_class_name": network["class"][1]}))
+            index[name] = list(network["class"])
+        (folder / "scheduler").mkdir()
+        write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(told["scheduler"]))
+        write_text(folder / "model_index.json", json.dumps(index))
+        return Teacher(config, folder, torch.device("cpu"))
+
+
+def text_widths(told: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Width of the prompts' embeddings, and of the pooled one where there is one."""
+    first, second = (told["networks"].get(name) for name in ("text_encoder", "text_encoder_2"))
+    if second is None:
+        return first["config"]["hidden_size"], None
+    return first["config"]["hidden_size"] + second["config"]["hidden_size"], second["config"]["projection_dim"]
+
+
+def _conditioning(told: Mapping[str, Any], n: int) -> Conditioning:
+    width, pooled = text_widths(told)
+    tensors = (torch.empty(n, pooled), torch.empty(n, 6)) if pooled is not None else ()
+    return Conditioning(torch.empty(n, _TOKENS, width), *tensors)
+
+
+def _build(key: str, stage: StageConfig, model: Teacher, told: Mapping[str, Any]) -> _Built:
+    """What the stage's recipe builds, without its files."""
+    component = model._family.component
+    model._backbone = model._family(_network(told["networks"][component], model.config.dtype))
+    networks: list[nn.Module] = [model.backbone.module]
+    if stage.needs_images or isinstance(stage, FeedbackConfig):
+        model._vae = _network(told["networks"]["vae"], model.config.vae_dtype)
+        networks.append(model.vae)
+    rewards = {name: _Judge(term.reward) for name, term in stage.active().items() if isinstance(term, RewardTermConfig)}
+    terms = {name: term.model_copy(update={"reward": rewards[name]}) if name in rewards else term for name, term in stage.terms.items()}
+    stage = stage.model_copy(update={"terms": terms})
+    perceptual = stage.one(PerceptualConfig)
+    segmenter = None if perceptual is None else _Segmenter(perceptual)
+    held_out = blank_reward(stage.held_out) if isinstance(stage, FeedbackConfig) else None
+    latents: Any = _Latents(_rows(model, told))
+    pairs = NoisePairs(torch.empty(_ROWS, *model.latent_shape), torch.empty(_ROWS, *model.latent_shape), torch.arange(_ROWS))
+    more: dict[str, Any] = {"pairs": pairs, "perceptual": segmenter, "annotated": _Annotated(model.resolution)}
+    if key == UNET and isinstance(stage, OneStepConfig):
+        backbone, average, adapters = unet_networks(model, stage, None)
+        student, averaged = list(backbone.module.parameters()), list(average.parameters())
+        context = context_of(stage, model, adapters, latents, Denoiser(backbone, model.process), **more)
+        built = build_stage(stage, context)
+        networks += [backbone.module, average]
+        modules: list[Any] = [adapters, backbone.module, average]
+    else:
+        name = STUDENT if isinstance(stage, FeedbackConfig) else "student"
+        adapters = _adapters(model, stage)
+        student = adapters.parameters(name)
+        averaged = adapters.parameters("ema") if "ema" in adapters.names else []
+        context = context_of(stage, model, adapters, latents, adapters.denoiser(name), **more)
+        built = build_stage(stage, context, ready=lambda: adapters.use(name))
+        modules = [adapters]
+    judges = [judge.network for judge in rewards.values() if isinstance(judge.network, nn.Module)]
+    more_networks = [n for n in (held_out, segmenter.network if segmenter else None) if isinstance(n, nn.Module)]
+    heads = [built.adversary.head] if built.adversary is not None else []
+
+    def after_update() -> None:
+        if averaged:
+            ema_update(averaged, student, stage.ema_decay)
+
+    return _Built(built, adapters, [*networks, *judges, *more_networks, *heads], student, after_update, modules)
+
+
+def _adapters(model: Teacher, stage: StageConfig) -> AdaptedBackbone:
+    match stage:
+        case FeedbackConfig():
+            return feedback_adapters(model, None, stage)
+        case OneStepConfig():
+            return unified_adapters(model, stage, None, rank=stage.start_rank)
+    return make_adapters(model, stage)
+
+
+def _network(network: Mapping[str, Any], dtype: str) -> Any:
+    with default_dtype(getattr(torch, dtype)):
+        return build(network).requires_grad_(False).eval()
+
+
+def _rows(model: Teacher, told: Mapping[str, Any]) -> MemoryRows:
+    return MemoryRows(torch.empty(_ROWS, *model.latent_shape), _conditioning(told, _ROWS), _conditioning(told, 1), ["a"] * _ROWS)
+
+
+@dataclass(frozen=True)
+class _Latents:
+    """A cache of which any split has the same rows."""
+
+    rows: MemoryRows
+
+    def split(self, name: str) -> MemoryRows:
+        return self.rows
+
+
+class _Judge:
+    """In the place of a reward's configuration: builds the reward without its files."""
+
+    def __init__(self, config: Any) -> None:
+        self.network: Any = None
+        self.config = config
+
+    def load(self, device: torch.device | str) -> Any:
+        self.network = blank_reward(self.config)
+        return self.network
+
+
+class _Segmenter:
+    """A perceptual model whose loss is the sum of what its network puts out. The true loss depends on the images."""
+
+    labels = LabelMap()
+
+    def __init__(self, config: PerceptualConfig) -> None:
+        self.network: Any = blank_perceptual(config.model)
+
+    def loss(self, images: Tensor, instances: Sequence[Instances]) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            found = self.network.net(self.network._pixels(images)) if hasattr(self.network, "net") else images
+        return torch.stack([tensor.float().sum() for tensor in _tensors(found)]).sum()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+@dataclass(frozen=True)
+class _Annotated:
+    """Images that all have no instances."""
+
+    resolution: int
+
+    def annotated(self) -> Tensor:
+        return torch.arange(_ROWS)
+
+    def instances(self, index: int) -> Instances:
+        return Instances(torch.zeros(0, self.resolution, self.resolution, dtype=torch.bool), torch.zeros(0, dtype=torch.int64))
