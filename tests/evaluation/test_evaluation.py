@@ -190,8 +190,8 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
     scores = read_scores(stage_samples)
     assert scores.prompts == split.prompts and scores.identity == read_scores(teacher_samples).identity
     assert {f"{name}/{n}_steps" for n, rows in scores.values.items() for name in rows} == {
-        name for name in metrics if "/" in name and not name.startswith("unseen_") and not name.endswith(("_low", "_high"))
-    }
+        name for name in metrics if "/" in name and not name.startswith(("unseen_", "diversity")) and not name.endswith(("_low", "_high"))
+    }  # diversity is that of a few prompts
     for n, rows in scores.values.items():
         for name, values in rows.items():
             assert float(values.mean()) == pytest.approx(metrics[f"{name}/{n}_steps"], rel=1e-9)
@@ -279,7 +279,7 @@ def test_several_processes_find_what_one_finds_bit_for_bit(
         return {"metrics": metrics, "grid": grid.tobytes().hex(), "files": files}
 
     (alone,) = on_ranks(1, work / "one", evaluated)
-    assert len(alone["files"]) == 3 + 3 and len(alone["metrics"]) > 40
+    assert len(alone["files"]) == 3 + 4 and len(alone["metrics"]) > 40
     assert on_ranks(2, work / "two", evaluated) == [alone, alone]
     assert on_ranks(4, work / "four", evaluated) == [alone] * 4  # of which one has no batch
     place = work / "evaluation.checkpoints"

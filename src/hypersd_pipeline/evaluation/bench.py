@@ -128,7 +128,7 @@ class Bench:
         label, options = f"{way.steps}_steps", {"resamples": self.config.bootstrap, "seed": self.config.seed}
         metrics = self.metrics_of(split, label, scores)
         apart = 1 - F.cosine_similarity(scores.features, self.splits[split].teacher.features, dim=-1)
-        metrics |= mean_estimate(apart, **options).flat(f"{_prefix(split)}teacher_distance/{label}")
+        metrics |= self._noted(mean_estimate(apart, **options), f"{_prefix(split)}teacher_distance", label)
         if split == "test":
             varied = diversity(self.teacher, self.scorer, self.config, scores.features, self.cond[split], way)
             metrics |= mean_estimate(varied, **options).flat(f"diversity/{label}")
@@ -152,8 +152,8 @@ class Bench:
             metrics |= self._noted(mean_estimate(values, **options), f"{prefix}{name}", row)
         for kind in against:
             other = getattr(self.splits[split], kind).crops
-            name = f"{prefix}{self.scorer.distance}_crop_{kind}/{row}"
-            metrics |= frechet_estimate(scores.crops, other, paired=True, **options).flat(name)
+            distance = frechet_estimate(scores.crops, other, paired=True, **options)
+            metrics |= self._noted(distance, f"{prefix}{self.scorer.distance}_crop_{kind}", row)
         return metrics
 
     def _noted(self, estimate: Estimate, name: str, row: str) -> Metrics:
