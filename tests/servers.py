@@ -1,4 +1,4 @@
-"""Processes that tests start: with an environment of their own, and a real ``mlflow server``."""
+"""Processes that tests start: with an environment of their own, a real ``mlflow server``, and a real S3 server."""
 
 import os
 import signal
@@ -7,7 +7,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,3 +61,23 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+@contextmanager
+def bucket(name: str, secret: str = "secret") -> Iterator[tuple[Any, dict[str, str]]]:
+    """An S3 server of this process with one bucket: boto3's client of it, and the environment that reaches it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        address, region = f"http://{host}:{port}", "us-east-1"
+        keys = {"aws_access_key_id": "someone", "aws_secret_access_key": secret}
+        client = boto3.client("s3", endpoint_url=address, region_name=region, **keys)
+        client.create_bucket(Bucket=name)
+        environment = {name.upper(): value for name, value in keys.items()}
+        yield client, {**environment, "AWS_DEFAULT_REGION": region, "AWS_ENDPOINT_URL": address}
+    finally:
+        server.stop()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 import yaml
 from mlflow import MlflowClient
-from moto.server import ThreadedMotoServer
 from servers import environment_of
 
 ROOT = Path(__file__).parents[1]
@@ -35,18 +35,8 @@ def stage(name: str, before: list[str]) -> dict[str, Any]:
 @pytest.fixture
 def bucket() -> Iterator[dict[str, str]]:
     """The environment that reaches a bucket ``models`` on an S3 server of this process."""
-    import boto3
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    given = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
-    boto3.client(
-        "s3", endpoint_url=address, aws_access_key_id="someone", aws_secret_access_key=SECRET, region_name="us-east-1"
-    ).create_bucket(Bucket="models")
-    yield {**given, "AWS_ENDPOINT_URL": address}
-    server.stop()
+    with servers.bucket("models", SECRET) as (_, environment):
+        yield environment
 
 
 @pytest.fixture
