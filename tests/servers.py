@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,25 +27,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
-
-
-@contextmanager
-def bucket(name: str, secret: str) -> Iterator[dict[str, str]]:
-    """The environment that reaches a bucket of an S3 server of this process."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    keys = {"aws_access_key_id": "someone", "aws_secret_access_key": secret}
-    boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys).create_bucket(Bucket=name)
-    given = {key.upper(): value for key, value in keys.items()}
-    try:
-        yield {**given, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": address, "MLFLOW_S3_ENDPOINT_URL": address}
-    finally:
-        server.stop()
 
 
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -125,3 +107,23 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+@contextmanager
+def bucket(name: str, secret: str = "secret") -> Iterator[tuple[Any, dict[str, str]]]:
+    """An S3 server of this process with one bucket: boto3's client of it, and the environment that reaches it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        address, region = f"http://{host}:{port}", "us-east-1"
+        keys = {"aws_access_key_id": "someone", "aws_secret_access_key": secret}
+        client = boto3.client("s3", endpoint_url=address, region_name=region, **keys)
+        client.create_bucket(Bucket=name)
+        environment = {name.upper(): value for name, value in keys.items()}
+        yield client, {**environment, "AWS_DEFAULT_REGION": region, "AWS_ENDPOINT_URL": address, "MLFLOW_S3_ENDPOINT_URL": address}
+    finally:
+        server.stop()

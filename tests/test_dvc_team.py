@@ -43,7 +43,7 @@ def run() -> Iterator[Run]:
         assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done.stdout
 
-    with bucket("models", SECRET) as reached:
+    with bucket("models", SECRET) as (_, reached):
         environment |= reached
         yield call
 

@@ -19,7 +19,7 @@ PASSWORD, SECRET = "the-password-of-the-database", "the-secret-of-the-bucket"
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """MLflow's server in front of both. Only it knows their passwords."""
     folder = tmp_path_factory.mktemp("shared")
-    with postgres(folder / "postgres", PASSWORD) as database, bucket("mlflow", SECRET) as reached:
+    with postgres(folder / "postgres", PASSWORD) as database, bucket("mlflow", SECRET) as (_, reached):
         server = Server(database, "s3://mlflow/artifacts", reached)
         server.start()
         yield server

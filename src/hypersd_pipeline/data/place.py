@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 from hypersd_pipeline.data.reading import BadFile, file_fault, printable
 from hypersd_pipeline.errors import UserError
 
-SCHEMES = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}  # -> the package that fsspec reads it with
+SCHEMES = {"s3": ("s3fs", "s3"), "http": ("aiohttp", "data"), "https": ("aiohttp", "data")}  # -> fsspec's package, and our extra with it
 SAME = ("size", "mtime", "ETag", "etag", "LastModified", "Last-Modified")  # what tells that a file is still the same
 LARGEST = 2**50  # bytes of a shard
 GAP, SPAN = 2**20, 2**26  # bytes: smaller gaps are read through, and so much at once
@@ -54,13 +54,16 @@ class Place:
         self.root = root.rstrip("/") if self.scheme else str(Path(os.path.expanduser(root)).absolute())
         self._fs: Any = None
         if self.scheme:
-            package = SCHEMES[self.scheme]
+            package, extra = SCHEMES[self.scheme]
             try:
                 import fsspec
 
                 self._fs = fsspec.filesystem(self.scheme)
             except ImportError:
-                raise UserError(f"data.source.root: {self.scheme}:// needs {package}; install it with pip install {package}.") from None
+                raise UserError(
+                    f"data.source.root: {self.scheme}:// needs {package}; install it with pip install 'hypersd-pipeline[{extra}]'."
+                ) from None
+            self._fs.invalidate_cache()  # what another place in this process has listed may have changed since
 
     def names(self, pattern: str) -> list[str]:
         """Names of the files that fit a pattern with ``*``, sorted.
