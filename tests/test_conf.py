@@ -23,6 +23,7 @@ from hypersd_pipeline.recipes.distil import check_consistency
 from hypersd_pipeline.recipes.reward import RewardTrainingConfig
 from hypersd_pipeline.recipes.segmenter import SegmentationModelConfig
 from hypersd_pipeline.recipes.teacher.config import TeacherTrainingConfig
+from hypersd_pipeline.retraining.config import RetrainConfig
 from hypersd_pipeline.settings import CONFIG_LOADER_ARGS
 from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, StageConfig
 from hypersd_pipeline.training.cost import ideal_forwards
@@ -88,6 +89,9 @@ def check(values: dict[str, Any]) -> dict[str, StageConfig]:
     assert replicates.chain == {model: stages[name] for model, name in chain.items()}
     assert [type(s) for s in replicates.chain.values()] == [*[StageConfig] * 4, FeedbackConfig, *[OneStepConfig] * 2]
     assert plan_replicates(replicates)[0].stages == replicates.chain
+    retrain = RetrainConfig(**values["retrain"])
+    assert retrain.scratch == {k: stages[f"tscd_{k}"] for k in ("k8", "k4", "k2", "k1")} and retrain.judges == feedback
+    assert retrain.champion == {"k1": stages["tscd_k1"]}
     ablation = AblationConfig(**values["ablation"])
     assert ablation.tscd == {k: stages[f"tscd_{k}"] for k in ("k8", "k4", "k2", "k1")} and ablation.one_step == stages["dmd"]
     methods = {"lcm": "LCM", "tcd": "TCD", "pcm": "PCM", "progressive": "progressive", "dmd2": "DMD2", "dmd": "DMD without TSCD"}
@@ -214,7 +218,7 @@ def test_a_trial_of_any_environment_is_small(tmp_path, env):
     values = parameters("short", with_environments(tmp_path, short=f"extends: {extended}\n"))
     stages = check(values)
     found = dict(loops(values))
-    assert {f"{name}.stage.loop" for name in stages} | {"tscd.loop", "replicates.chain.unet.loop"} < set(found) and len(found) == 47
+    assert {f"{name}.stage.loop" for name in stages} | {"tscd.loop", "replicates.chain.unet.loop"} < set(found) and len(found) == 53
     for path, loop in found.items():
         assert loop["steps"] <= 20 and loop["batch_size"] <= 8, path
     for name, stage in stages.items():

@@ -96,7 +96,30 @@ def _run(**options: Any) -> Any:
     conf = Path(options["conf_source"] or settings.CONF_SOURCE)
     checks.check_environment(conf, options["env"] or os.getenv("KEDRO_ENV"))
     assert kedro_run.callback is not None
+    if "retrain" in (options["pipelines"] or []):
+        return _retrain(options)
     return kedro_run.callback(**options)
+
+
+def _retrain(options: dict[str, Any]) -> Any:
+    """Run the pipeline, tell the webhook what became of it, and end with 0 (promoted), 10 (kept) or 1 (failed)."""
+    from hypersd_pipeline.io.webhook import notify
+
+    assert kedro_run.callback is not None
+    try:
+        result = kedro_run.callback(**options)
+    except Exception as error:
+        notify({"outcome": "failed", "exit_code": 1, "reasons": [readable(error) or f"A fault of the program: {type(error).__name__}."]})
+        raise
+    if "retrain_decision" not in result:  # a part of the pipeline
+        return result
+    report = result["retrain_decision"].load()
+    for reason in report["reasons"]:
+        click.echo(reason)
+    notify(report)
+    if report["exit_code"]:
+        raise click.exceptions.Exit(report["exit_code"])
+    return result
 
 
 def _with_lists(split: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,6 +253,17 @@ def _repro(env: str | None, arguments: tuple[str, ...]) -> None:
         raise click.exceptions.Exit(code)
 
 
+def _rollback(env: str | None) -> None:
+    """Make the version the champion again whose place the champion took. Once more: the one before that."""
+    from kedro.framework.session import KedroSession
+    from kedro.utils import find_kedro_project
+
+    with KedroSession.create(project_path=find_kedro_project(Path.cwd()) or Path.cwd(), env=env) as session:
+        models = session.load_context().catalog.load("model_registry")  # type: ignore[attr-defined]
+    was, now = models.rollback()
+    click.echo(f"{models.name}: version {now} is the champion again, instead of version {was}.")
+
+
 run = ReadableCommand("run", callback=_run, params=_readable_params(), help=kedro_run.help, context_settings=_CONTEXT)
 _describe = kedro_catalog.commands["describe-datasets"]
 _list = ReadableCommand("list", callback=_describe.callback, params=_describe.params, help=_describe.help)
@@ -247,6 +281,7 @@ cli.add_command(
 cli.add_command(catalog)
 _env = click.Option(["--env", "-e"], help="Environment in conf/.")
 _send_command = ReadableCommand("send", callback=_send, params=[_env], help=_send.__doc__, context_settings=_CONTEXT)
+cli.add_command(ReadableCommand("rollback", callback=_rollback, params=[_env], help=_rollback.__doc__, context_settings=_CONTEXT))
 cli.add_command(ReadableCommand("join", callback=_join, params=[_env], help=_join.__doc__, context_settings=_CONTEXT))
 cli.add_command(
     ReadableCommand(

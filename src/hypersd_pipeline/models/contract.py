@@ -117,8 +117,8 @@ class Contract:
                 )
 
 
-def sampling_arguments(contract: Mapping[str, Any], steps: int | None = None) -> str:
-    """The arguments of a call of diffusers' pipeline, as code.
+def sampling_call(contract: Mapping[str, Any], steps: int | None = None) -> dict[str, Any]:
+    """The arguments of a call of diffusers' pipeline.
 
     Args:
         contract: of `Contract.to_json`, read. steps: another number of them than the contract's.
@@ -126,10 +126,14 @@ def sampling_arguments(contract: Mapping[str, Any], steps: int | None = None) ->
     steps = contract.get("steps", 4) if steps is None else steps
     guidance = float(contract.get("guidance_scale", 1.0))
     given = contract.get("one_step_timesteps", contract.get("timesteps")) if steps == 1 else None
-    arguments = {
+    return {
         "num_inference_steps": steps,
         "guidance_scale": guidance if guidance > 1 else 0,  # diffusers turns guidance off for any value up to 1
         **({"eta": contract["eta"]} if "eta" in contract else {}),
         **({} if given is None else {"timesteps": given}),
     }
-    return ", ".join(f"{name}={value}" for name, value in arguments.items())
+
+
+def sampling_arguments(contract: Mapping[str, Any], steps: int | None = None) -> str:
+    """`sampling_call` as code."""
+    return ", ".join(f"{name}={value}" for name, value in sampling_call(contract, steps).items())

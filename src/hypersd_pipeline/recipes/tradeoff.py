@@ -67,7 +67,7 @@ def measure_tradeoff(
         line = {"weight": weight, **{name.split("/")[0]: v for name, v in row.items() if not name.endswith(("_low", "_high"))}}
         line |= probe.measure(bench.denoiser())
         if perceptual is not None:
-            line |= _noised_image_ap(source, bench, perceptual, stage)
+            line |= noised_image_ap(source, bench, perceptual, stage)
         lines.append(line)
         columns.append((f"feedback x {weight:g}", shown))
     frame = pd.DataFrame(lines)
@@ -76,7 +76,7 @@ def measure_tradeoff(
 
 
 @torch.no_grad()
-def _noised_image_ap(source: AnnotatedData, bench: Bench, perceptual: PerceptualModel, stage: FeedbackConfig) -> dict[str, float]:
+def noised_image_ap(source: AnnotatedData, bench: Bench, perceptual: PerceptualModel, stage: FeedbackConfig) -> dict[str, float]:
     """Mask AP on test images that were noised as in the training and sampled again from there."""
     assert stage.segmenter is not None
     model, evaluation = bench.teacher, bench.config
