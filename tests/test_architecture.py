@@ -15,6 +15,7 @@ ORDER = (
     "errors", "masking", "logs", "compat", "config", "files", "verdicts", "conditioning", "draws",
     "diffusion", "objectives", "models", "export", "data", "rewards", "perception", "metrics",
     "training", "evaluation", "comparison", "recipes", "experiments", "arena", "retraining", "io", "pipelines",
+    "config_faults", "order", "sections", "config_loader", "options", "checks", "dvc_stages", "cluster", "hooks", "settings", "cli",
     "pipeline_registry", "__main__",
 )  # fmt: skip
 KEDRO = {"io", "pipelines", "order", "config_loader", "options", "checks", "hooks", "settings", "cli", "pipeline_registry", "__main__"}

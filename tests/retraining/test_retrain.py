@@ -167,7 +167,7 @@ def test_a_champion_that_changed_meanwhile_is_not_overwritten(world: World):
 def test_weights_that_do_not_fit_and_a_file_that_diffusers_cannot_use_are_refused(world: World, tmp_path: Path):
     lora = world.models.read_lora(world.models.version("champion").fetch("lora", tmp_path / "champion"))
     other = TeacherConfig(source=str(tiny.write_sd15(tmp_path, seed=1)))
-    with pytest.raises(UserError, match="was trained on the teacher .* teacher.source is another one"):
+    with pytest.raises(UserError, match=r"was trained on the teacher .* teacher.source is another one"):
         check_weights(lora, other)
     with pytest.raises(UserError, match="does not fit the teacher's network"):
         check_weights(
@@ -177,14 +177,14 @@ def test_weights_that_do_not_fit_and_a_file_that_diffusers_cannot_use_are_refuse
     contract = {"scheduler": "DDIMScheduler", "steps": 1, "guidance_scale": 1.0, "eta": 0.0}
     sample_in_diffusers(folder, world.teacher, contract, "a cat")
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="diffusers cannot sample with this LoRA .*train it again"):
+    with pytest.raises(UserError, match=r"diffusers cannot sample with this LoRA .*train it again"):
         sample_in_diffusers(folder, world.teacher, contract, "a cat")
 
 
 def test_a_registry_that_is_not_there_is_one_sentence_without_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     registry = ModelRegistry("hypersd", tmp_path, "http://me:hunter2-secret@127.0.0.1:9")
-    with pytest.raises(UserError, match="MLflow's model registry at http://.*cannot be used") as caught:
+    with pytest.raises(UserError, match=r"MLflow's model registry at http://.*cannot be used") as caught:
         registry.version("champion")
     assert "hunter2-secret" not in str(caught.value)
 

@@ -59,7 +59,7 @@ def train_challenger(
                 begin = choose_start(lora, tuned, stage) if lora is not None and tuned is not None else lora
                 pairs = folder / "pairs" / model
                 pairs.mkdir(parents=True, exist_ok=True)
-                make_pairs(source.latents, teacher, stage, begin)(pairs)
+                make_pairs(source.latents, teacher, stage, own, begin)(pairs)
                 lora, tuned = train_unified(source.latents, teacher, stage, pairs, own, begin)[0], None
             else:
                 lora, tuned = distil(source.latents, teacher, stage, own, lora)[0], None

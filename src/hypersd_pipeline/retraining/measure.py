@@ -11,10 +11,10 @@ import torch
 
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.evaluation.bench import Bench
-from hypersd_pipeline.evaluation.sampling import generate, prompt_noise
+from hypersd_pipeline.evaluation.sampling import prompt_noise
 from hypersd_pipeline.evaluation.scores import PromptScores
-from hypersd_pipeline.metrics.config import EvaluationConfig
-from hypersd_pipeline.metrics.diversity import pairwise_distance
+from hypersd_pipeline.evaluation.scoring import Way, diversity, score_samples
+from hypersd_pipeline.metrics.config import DiversityConfig, EvaluationConfig
 from hypersd_pipeline.models.contract import Contract, sampling_call
 from hypersd_pipeline.models.lora import LoRA, merge_lora
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
@@ -43,10 +43,11 @@ class Measured:
 
 
 def judged_by(evaluation: EvaluationConfig, judges: FeedbackConfig) -> EvaluationConfig:
-    """The evaluation with the held-out reward among its metrics."""
-    if any(reward.kind == judges.held_out.kind for reward in evaluation.rewards):
-        return evaluation
-    return evaluation.model_copy(update={"rewards": (*evaluation.rewards, judges.held_out)})
+    """The evaluation with the held-out reward among its metrics, and as many images of a prompt as the guard of feedback makes."""
+    known = any(reward.kind == judges.held_out.kind for reward in evaluation.rewards)
+    rewards = evaluation.rewards if known else (*evaluation.rewards, judges.held_out)
+    varied = DiversityConfig(prompts=judges.guard.prompts, seeds=judges.guard.variants)
+    return evaluation.model_copy(update={"rewards": rewards, "diversity": varied})
 
 
 @torch.no_grad()
@@ -62,30 +63,16 @@ def measure(
     """
     contract = Contract.of(lora)
     bench = Bench.load(teacher, reference, evaluation)
-    model, steps = bench.teacher, contract.steps
+    model, way, cond = bench.teacher, Way(contract, contract.steps), bench.cond["test"]
     merge_lora(model.backbone.module, lora)
-    bench.row("test", steps, contract)
-    scores = bench.prompt_scores([steps])
-    few = min(len(scores.prompts), judges.guard.prompts)
-    timesteps = contract.timesteps(steps, model.process.num_train_timesteps)
-    options: dict[str, Any] = {
-        "batch_size": evaluation.batch_size,
-        "denoiser": bench.denoiser(),
-        "eta": contract.eta,
-        "to_clean": contract.only_timestep is not None,
-    }
-    variants = [
-        torch.cat([
-            bench.scorer.features(images).cpu()
-            for images in generate(model, bench.cond["test"][:few], timesteps, seed=evaluation.seed + variant, **options)
-        ])
-        for variant in range(judges.guard.variants)
-    ]  # fmt: skip
-    distances = pairwise_distance(torch.stack(variants, dim=1)).double()
-    diversity = PromptScores(scores.prompts[:few], scores.identity, {steps: {DIVERSITY: distances}})
+    scored, _ = score_samples(model, bench.scorer, evaluation, bench.splits["test"].prompts, cond, way)
+    bench.metrics_of("test", f"{way.steps}_steps", scored)
+    scores = bench.prompt_scores([way.steps])
+    varied = diversity(model, bench.scorer, evaluation, scored.features, cond, way).double()
+    few = PromptScores(scores.prompts[: len(varied)], scores.identity, {way.steps: {DIVERSITY: varied}})
     segmenter = judges.segmenter
     masks = {} if segmenter is None else noised_image_ap(source, bench, segmenter.load(model.device), judges)
-    return Measured(steps, sum(tensor.numel() for tensor in lora.tensors.values()), scores, diversity, masks)
+    return Measured(way.steps, sum(tensor.numel() for tensor in lora.tensors.values()), scores, few, masks)
 
 
 def check_weights(lora: LoRA, teacher: TeacherConfig) -> None:
