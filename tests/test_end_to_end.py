@@ -16,6 +16,7 @@ import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline, TCDScheduler
 from mlflow import MlflowClient
 from PIL import Image
+from servers import environment_of
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -231,3 +232,20 @@ def test_a_baseline_and_the_ablation_run_on_the_same_data(smoke, run):
     run("kedro", "run", "--env", "smoke", "--pipelines", "baselines", "--tags", "dmd2")
     assert (smoke / "data/smoke/06_models/lora_dmd2/pytorch_lora_weights.safetensors").exists()
     assert "done before" not in first.stdout + first.stderr and "TCD seed 0: done before" in again.stdout + again.stderr
+
+
+def test_a_retraining_promotes_keeps_and_rolls_back_with_its_exit_codes(smoke):
+    """As a scheduler sees it."""
+
+    def ended(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "kedro", *arguments, "--env", "smoke"]
+        done = subprocess.run(command, cwd=smoke, env=environment_of(PYTHONPATH=str(smoke / "src")), capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    code, told = ended("run", "--pipelines", "retrain")
+    assert code == 0 and "There was no champion" in told, told
+    code, told = ended("run", "--pipelines", "retrain")
+    assert code == 10 and "The data did not change enough since version 1 was judged" in told and "Traceback" not in told, told
+    code, told = ended("rollback")
+    assert code == 1 and "version 1 is the first champion" in told and "Traceback" not in told
+    assert "version 1 is the champion" not in (smoke / "data/smoke/08_reporting/retrain_report.md").read_text()
