@@ -47,6 +47,8 @@ class ProjectConfigLoader(OmegaConfigLoader):
         OmegaConf.register_new_resolver("environment", lambda: self.env or self.base_env, replace=True)
         OmegaConf.register_new_resolver("conf_source", lambda: str(self.conf_source), replace=True)
         try:
+            if key == "catalog":
+                return _with_layers(super().__getitem__(key), self.data_folder())
             if key != "parameters" or key in self:
                 return super().__getitem__(key)
             parameters = self._parameters_with_likes
@@ -279,6 +281,22 @@ def _circle(path: _Path, waiting: Mapping[_Path, str]) -> str:
     for name, holder, following in zip(names, holders, [*names[1:], names[0]], strict=True):
         steps += [name] if waiting[holder] == following else [name, waiting[holder]]
     return " -> ".join([*steps, names[0]])
+
+
+def _with_layers(catalog: dict[str, Any], data: str) -> dict[str, Any]:
+    """The catalog's entries with the layer in which `kedro viz` draws them: the folder of the data folder that they lie in.
+
+    A stage reads its checkpoints and its curve although it writes them, so they are in no layer: layers have to follow each other.
+    """
+    found = {}
+    for name, entry in catalog.items():
+        path = str(entry.get("filepath") or entry.get("path") or "") if isinstance(entry, Mapping) else ""
+        layer = re.match(rf"{re.escape(data)}/\d\d_(\w+)", path)
+        if layer and not name.endswith((".checkpoints", ".metric_stream")):
+            shown = {"kedro-viz": {"layer": layer[1].replace("_", " ")}}
+            entry = {**entry, "metadata": {**shown, **(entry.get("metadata") or {})}}
+        found[name] = entry
+    return found
 
 
 def _places(parameters: dict[str, Any], path: list[str], used: tuple[list[str], ...] = ()) -> Iterator[list[str]]:
