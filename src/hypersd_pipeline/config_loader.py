@@ -286,13 +286,13 @@ def _circle(path: _Path, waiting: Mapping[_Path, str]) -> str:
 def _with_layers(catalog: dict[str, Any], data: str) -> dict[str, Any]:
     """The catalog's entries with the layer in which `kedro viz` draws them: the folder of the data folder that they lie in.
 
-    A stage reads its checkpoints and its curve although it writes them, so they are in no layer: layers have to follow each other.
+    Layers have to follow each other. What belongs to one stage, such as its checkpoints and its curve, is in none.
     """
     found = {}
     for name, entry in catalog.items():
         path = str(entry.get("filepath") or entry.get("path") or "") if isinstance(entry, Mapping) else ""
         layer = re.match(rf"{re.escape(data)}/\d\d_(\w+)", path)
-        if layer and not name.endswith((".checkpoints", ".metric_stream")):
+        if layer and "." not in name:
             shown = {"kedro-viz": {"layer": layer[1].replace("_", " ")}}
             entry = {**entry, "metadata": {**shown, **(entry.get("metadata") or {})}}
         found[name] = entry
