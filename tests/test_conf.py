@@ -221,7 +221,7 @@ def test_a_trial_of_any_environment_is_small(tmp_path, env):
     stages = check(values)
     found = dict(loops(values))
     assert {f"{name}.stage.loop" for name in stages} | {"tscd.loop", "replicates.chain.unet.loop"} < set(found)
-    assert len(found) == 57 - sum(values["compatibility"][kind]["openmoji"] is None for kind in ("bases", "styles"))
+    assert len(found) == 58 - sum(values["compatibility"][kind]["openmoji"] is None for kind in ("bases", "styles"))
     for path, loop in found.items():
         assert loop["steps"] <= 20 and loop["batch_size"] <= 8, path
     for name, stage in stages.items():
