@@ -18,6 +18,7 @@ from hypersd_pipeline.pipelines import (
     ablation,
     arena,
     baselines,
+    compatibility,
     data_prep,
     dmd,
     export,
@@ -37,7 +38,8 @@ CONF = Path(__file__).parents[1] / "conf"
 MINE = "conf/mine/parameters.yml: "
 PIPELINES = {module.__name__.rsplit(".", 1)[1]: module.create_pipeline() for module in (tscd, dmd, baselines, ablation, replicates)}
 OTHERS = {
-    m.__name__: m.create_pipeline() for m in (arena, export, one_step_unet, reward_models, segmentation_model, teacher, unified_sampling)
+    m.__name__: m.create_pipeline()
+    for m in (arena, compatibility, export, one_step_unet, reward_models, segmentation_model, teacher, unified_sampling)
 }
 PIPELINES["feedback"] = data_prep.create_pipeline() + feedback.create_pipeline()
 

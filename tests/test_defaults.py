@@ -21,6 +21,7 @@ ENVIRONMENTS = ("base", "reference", "ablation", "sd15", "sdxl")
 ONLY_FOR_USERS = {  # what a user's data or judges need. The shipped environments happen to have none of it
     ("Weights", "repo"), ("Weights", "file"), ("SplitSource", "of"), ("CocoSource", "splits"), ("TextImageConfig", "weights"),
     ("SoloConfig", "weights"), ("PerceptualConfig", "steps"), ("AblationConfig", "one_step_timestep"), ("AblationConfig", "baselines"),
+    ("PartConfig", "train"), ("StyleConfig", "lora"),
 }  # fmt: skip
 
 

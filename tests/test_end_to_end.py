@@ -234,6 +234,20 @@ def test_a_baseline_and_the_ablation_run_on_the_same_data(smoke, run):
     assert "done before" not in first.stdout + first.stderr and "TCD seed 0: done before" in again.stdout + again.stderr
 
 
+def test_the_compatibility_report_is_made_of_the_run(smoke, run):
+    run("kedro", "run", "--env", "smoke", "--pipelines", "compatibility")
+    reports, parts = smoke / "data/smoke/08_reporting", smoke / "data/smoke/06_models/compatibility"
+    assert {path.name for path in parts.iterdir()} == {"controlnet_canny", "controlnet_scribble", "base_openmoji", "style_openmoji"}
+    table = (reports / "compatibility.md").read_text()
+    for row in ("|canny|1|unified|8|", "|scribble|1|unified|1|", "|openmoji|1|unified|4|", "|teacher's base|1|without|2|"):
+        assert row in table
+    found = json.loads((reports / "compatibility.json").read_text())
+    assert 0 < found["controlnet_canny_1"]["unified_4_steps"]["edge_f1_canny"] <= 1
+    for name in ("controlnets", "bases"):
+        with Image.open(reports / f"compatibility_{name}.png") as grid:
+            assert grid.width > 900
+
+
 def test_a_retraining_promotes_keeps_and_rolls_back_with_its_exit_codes(smoke):
     """As a scheduler sees it."""
 

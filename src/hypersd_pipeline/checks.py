@@ -409,6 +409,8 @@ def _check_teacher(typed: Mapping[str, Any], pipeline: Pipeline, catalog: Catalo
             plan(config)
     if (arena := typed.get("arena")) is not None:
         arena.check(process.num_train_timesteps)
+    if "compatibility" in typed:
+        typed["compatibility"].check(checked.teacher)
     for name in sorted({*pipeline.inputs(), *_named_loras(pipeline, catalog)}):
         dataset = catalog.get(name) if name in catalog else None
         if isinstance(dataset, LoRADataset):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,8 @@ from hypersd_pipeline.files import file_sha256, write_text
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test", "test_unseen"]
+Sprites = Callable[[str, int], tuple[np.ndarray, np.ndarray]]
+"""``sprite(name, side)``: premultiplied colour ``[side, side, 3]`` and alpha ``[side, side]``, float32 in [0, 1]."""
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "test_unseen")
 SIZE = 64
 
@@ -156,8 +158,8 @@ def caption_of(colour: str, names: tuple[str, ...], places: tuple[str, ...]) -> 
     return f"{' and '.join(things)}, {colour} background"
 
 
-def make_scene(config: TwemojiConfig, split: Split, index: int) -> Scene:
-    """The ``index``-th scene of a split."""
+def make_scene(config: TwemojiConfig, split: Split, index: int, sprite: Sprites = _sprite) -> Scene:
+    """The ``index``-th scene of a split. With other sprites it is the same scene in another style."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     pool = drawable_names()
     pool = pool[-config.unseen_names :] if split == "test_unseen" else pool[: config.names]
@@ -168,10 +170,10 @@ def make_scene(config: TwemojiConfig, split: Split, index: int) -> Scene:
         if split == "test_unseen" or group_split(colour, names) == split:
             break
     places = LAYOUTS[count][rng.integers(len(LAYOUTS[count]))]
-    return _draw(rng, colour, names, places)
+    return _draw(rng, colour, names, places, sprite)
 
 
-def _draw(rng: np.random.Generator, colour: str, names: tuple[str, ...], places: tuple[str, ...]) -> Scene:
+def _draw(rng: np.random.Generator, colour: str, names: tuple[str, ...], places: tuple[str, ...], sprite: Sprites) -> Scene:
     base = np.array(COLOURS[colour]) + rng.integers(-5, 6, 3)
     canvas = np.tile((base.clip(0, 255) / 255).astype(np.float32), (SIZE, SIZE, 1))
     masks: list[np.ndarray] = []
@@ -179,7 +181,7 @@ def _draw(rng: np.random.Generator, colour: str, names: tuple[str, ...], places:
         low, high = SIDES[len(names)]
         side = int(rng.integers(low, high + 1))
         x, y = (int(np.clip(c - side // 2 + rng.integers(-1, 2), 0, SIZE - side)) for c in CENTRES[place])
-        rgb, alpha = _sprite(name, side)
+        rgb, alpha = sprite(name, side)
         window = (slice(y, y + side), slice(x, x + side))
         canvas[window] = rgb + canvas[window] * (1 - alpha[..., None])
         mask = np.zeros((SIZE, SIZE), bool)
@@ -189,11 +191,14 @@ def _draw(rng: np.random.Generator, colour: str, names: tuple[str, ...], places:
     return Scene(image, caption_of(colour, names, places), colour, names, places, tuple(masks))
 
 
-def write_dataset(root: Path, config: TwemojiConfig) -> None:
+def write_dataset(root: Path, config: TwemojiConfig, sprite: Sprites = _sprite, style: str | None = None) -> None:
     """Write the four splits in COCO format: ``annotations/{captions,instances}_<split>.json`` and ``<split>/<image id>.png``.
 
     A data set that this configuration has already written is left as it is. ``dataset.json``, written last, tells. A hash in it covers
     every file, so a scene that was deleted or damaged since is drawn again.
+
+    Args:
+        sprite, style: other images of the names, and what they are called.
 
     Raises:
         UserError: more names are asked for than there are drawable ones.
@@ -203,6 +208,7 @@ def write_dataset(root: Path, config: TwemojiConfig) -> None:
         raise UserError(f"data.source: names + unseen_names is {asked}, but there are only {available} drawable names; ask for fewer.")
     record = {
         **config.model_dump(),
+        **({} if style is None else {"style": style}),
         "drawn_with": _digest("v1", *drawable_names()[: config.names], *drawable_names()[-config.unseen_names :]),
     }
     stamp = root / "dataset.json"
@@ -214,7 +220,7 @@ def write_dataset(root: Path, config: TwemojiConfig) -> None:
     stamp.unlink(missing_ok=True)
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        _write_split(root, config, split)
+        _write_split(root, config, split, sprite)
     write_text(stamp, json.dumps({**record, "content": _content(root)}, indent=2) + "\n")
 
 
@@ -235,7 +241,7 @@ def _content(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_split(root: Path, config: TwemojiConfig, split: Split) -> None:
+def _write_split(root: Path, config: TwemojiConfig, split: Split, sprite: Sprites) -> None:
     folder = root / split
     folder.mkdir(exist_ok=True)
     total = getattr(config, split)
@@ -243,7 +249,7 @@ def _write_split(root: Path, config: TwemojiConfig, split: Split) -> None:
     images: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
-    for index, scene in enumerate(_scenes(config, split, total)):
+    for index, scene in enumerate(_scenes(config, split, total, sprite)):
         image_id = (SPLITS.index(split) + 1) * 10_000_000 + index
         file_name = f"{image_id:012d}.png"
         Image.fromarray(scene.image).save(folder / file_name)
@@ -261,8 +267,8 @@ def _write_split(root: Path, config: TwemojiConfig, split: Split) -> None:
     log.info("%s: %d scenes", folder, total)
 
 
-def _scenes(config: TwemojiConfig, split: Split, total: int) -> Iterator[Scene]:
-    return (make_scene(config, split, i) for i in range(total))
+def _scenes(config: TwemojiConfig, split: Split, total: int, sprite: Sprites) -> Iterator[Scene]:
+    return (make_scene(config, split, i, sprite) for i in range(total))
 
 
 def _instance(annotation_id: int, image_id: int, category_id: int, mask: np.ndarray) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Teacher:
         config: as given, with ``auto`` and None replaced by what was found.
         layout: ``sd15`` or ``sdxl``. process: the diffusion process that the network was trained for.
         latent_shape: ``(c, h, w)`` of a sample's latents. resolution: of images, in pixels.
+        zero_unconditional: whether SDXL's unconditional embeddings are zeros.
         text_encoders, tokenizers: one each for SD1.5, two for SDXL, none where ``text`` was not asked for.
         folder: where the files are.
     """
@@ -81,7 +82,7 @@ class Teacher:
         self.config = config.model_copy(
             update={"layout": self.layout, "prediction_type": self.process.prediction_type, "resolution": self.resolution}
         )
-        self._zero_unconditional = bool(read_config(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
+        self.zero_unconditional = bool(read_config(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
         self._backbone: Backbone | None = None
         self._vae: Any = None
         self.text_encoders, self.tokenizers = [], []
@@ -141,7 +142,7 @@ class Teacher:
         SDXL's ``sizes`` are the default ones. Where images bring their own, both halves must carry the image's.
         """
         one = self.encode_prompts([""])
-        if self.layout == "sdxl" and self._zero_unconditional:
+        if self.layout == "sdxl" and self.zero_unconditional:
             assert one.pooled is not None
             one = Conditioning(torch.zeros_like(one.prompt_embeds), torch.zeros_like(one.pooled), one.sizes)
         return one[torch.zeros(n, dtype=torch.int64, device=self.device)]
@@ -180,7 +181,7 @@ class Teacher:
             for file in _part_files(self.folder, part, self.config):
                 digest.update(f"{file.relative_to(self.folder).as_posix()}\0{_identity(file)}\n".encode())
             if part == "text":  # it changes the unconditional embedding
-                digest.update(f"{self.layout}, force_zeros_for_empty_prompt {self._zero_unconditional}".encode())
+                digest.update(f"{self.layout}, force_zeros_for_empty_prompt {self.zero_unconditional}".encode())
             self._hashes[part] = digest.hexdigest()
         return self._hashes[part]
 
