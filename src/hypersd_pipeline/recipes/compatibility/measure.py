@@ -152,7 +152,7 @@ def _begin(model: Teacher, manifest: Manifest, evaluation: EvaluationConfig, com
     if len(split) < 4:
         raise UserError("manifest: the split 'test' has fewer than 4 good rows; add rows to it in data.source and run data_prep again.")
     rows = choose_rows(split, compatibility.prompts, evaluation.seed)
-    images = torch.cat(list(images_of(manifest, rows, model.resolution, evaluation.batch_size)))
+    images = images_of(manifest, rows, model.resolution)
     scorer = Scorer(evaluation, model.device)
     prompts = [row.captions[0] for row in rows]
     detectors = dict.fromkeys(entry.detector for entry in compatibility.active_controlnets().values())
@@ -161,7 +161,8 @@ def _begin(model: Teacher, manifest: Manifest, evaluation: EvaluationConfig, com
     if any(compatibility.in_style()):
         real = read_captioned_images(scenes, "test")[0].permute(0, 3, 1, 2).float() / 255
         captions = read_captioned_images(scenes, "test")[1]
-        style = scorer.score_all(real.split(evaluation.batch_size), captions).features
+        sizes = range(0, len(real), evaluation.batch_size)
+        style = torch.cat([scorer.score(real[i : i + sizes.step], captions[i : i + sizes.step]).features for i in sizes])
     return _Report(scorer, evaluation, compatibility.tolerance, prompts, images, scorer.text_embeddings(prompts), wanted, style)
 
 
