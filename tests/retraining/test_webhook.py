@@ -12,6 +12,7 @@ import pytest
 from hypersd_pipeline.io.webhook import notify
 
 Received = list[tuple[dict[str, str], bytes]]
+CODES = {"/taken": 200, "/moved": 302}
 
 
 @pytest.fixture
@@ -22,7 +23,9 @@ def server() -> Iterator[tuple[str, Received]]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             received.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200 if self.path.startswith("/taken") else 500)
+            self.send_response(next((code for place, code in CODES.items() if self.path.startswith(place)), 500))
+            if self.path.startswith("/moved"):
+                self.send_header("Location", "/taken")
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -44,12 +47,15 @@ def test_the_decision_is_posted_with_the_token(server, monkeypatch):
     assert headers["Authorization"] == "Bearer secret-token" and json.loads(body) == {"outcome": "kept", "reasons": ["é"]}
 
 
-@pytest.mark.parametrize("place", ["{address}/refused/secret-path", "http://127.0.0.1:9/secret-path", "file:///etc/secret-path"])
+@pytest.mark.parametrize(
+    "place", ["{address}/refused/secret-path", "{address}/moved/secret-path", "http://127.0.0.1:9/secret-path", "file:///etc/secret-path"]
+)
 def test_a_webhook_that_fails_is_a_warning_without_its_address(server, monkeypatch, caplog, place):
     monkeypatch.setenv("HYPERSD_WEBHOOK", place.format(address=server[0]))
     assert not notify({"outcome": "promoted"})
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "secret-path" not in record.getMessage()
+    assert len(server[1]) == place.startswith("{address}")  # and not again where it was sent to
 
 
 def test_without_an_address_nothing_is_sent(monkeypatch):

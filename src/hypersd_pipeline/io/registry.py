@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class ModelRegistry:
 
         from hypersd_pipeline.io.mlflow_store import make_database
 
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # MLflow's own patience is minutes a request
         make_database(uri)
         self.name, self.path, self._uri, self._artifacts = name, path, uri, artifacts
         self._client: MlflowClient = MlflowClient(uri, registry_uri=uri)

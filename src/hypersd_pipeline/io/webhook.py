@@ -16,6 +16,13 @@ URL, TOKEN = "HYPERSD_WEBHOOK", "HYPERSD_WEBHOOK_TOKEN"
 """Variables of the environment. An address of a webhook is a secret, so neither stands in the configuration, which is recorded."""
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Another address would get the token too."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def notify(report: Mapping[str, Any], seconds: float = 10.0) -> bool:
     """POST a report as JSON to ``HYPERSD_WEBHOOK``, with ``HYPERSD_WEBHOOK_TOKEN`` as bearer token where there is one.
 
@@ -34,7 +41,7 @@ def notify(report: Mapping[str, Any], seconds: float = 10.0) -> bool:
         if token := os.environ.get(TOKEN):
             headers["Authorization"] = f"Bearer {token}"
         request = urllib.request.Request(url, json.dumps(report).encode(), headers, method="POST")
-        with urllib.request.urlopen(request, timeout=seconds):
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=seconds):
             log.info("The webhook took the decision.")
         return True
     except urllib.error.HTTPError as error:
