@@ -152,16 +152,17 @@ def _begin(model: Teacher, manifest: Manifest, evaluation: EvaluationConfig, com
     if len(split) < 4:
         raise UserError("manifest: the split 'test' has fewer than 4 good rows; add rows to it in data.source and run data_prep again.")
     rows = choose_rows(split, compatibility.prompts, evaluation.seed)
-    images = torch.cat(list(images_of(manifest, rows, model.resolution, evaluation.batch_size)))
+    images = images_of(manifest, rows, model.resolution)
     scorer = Scorer(evaluation, model.device)
     prompts = [row.captions[0] for row in rows]
     detectors = dict.fromkeys(entry.detector for entry in compatibility.active_controlnets().values())
     wanted = {detector: [edges_of(image, detector) for image in images] for detector in detectors}
     style = None
     if any(compatibility.in_style()):
-        real = read_captioned_images(scenes, "test")[0].permute(0, 3, 1, 2).float() / 255
-        captions = read_captioned_images(scenes, "test")[1]
-        style = scorer.score_all(real.split(evaluation.batch_size), captions).features
+        pixels, _ = read_captioned_images(scenes, "test")
+        with torch.inference_mode():
+            batches = (batch.permute(0, 3, 1, 2).float().to(scorer.device) / 255 for batch in pixels.split(evaluation.batch_size))
+            style = torch.cat([scorer.features(batch).float().cpu() for batch in batches])
     return _Report(scorer, evaluation, compatibility.tolerance, prompts, images, scorer.text_embeddings(prompts), wanted, style)
 
 
