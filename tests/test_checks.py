@@ -18,13 +18,17 @@ from hypersd_pipeline.pipelines import (
     ablation,
     arena,
     baselines,
+    compare,
     compatibility,
     data_prep,
     dmd,
     export,
     feedback,
     one_step_unet,
+    plan,
+    rehearsal,
     replicates,
+    retrain,
     reward_models,
     segmentation_model,
     teacher,
@@ -38,9 +42,12 @@ CONF = Path(__file__).parents[1] / "conf"
 MINE = "conf/mine/parameters.yml: "
 PIPELINES = {module.__name__.rsplit(".", 1)[1]: module.create_pipeline() for module in (tscd, dmd, baselines, ablation, replicates)}
 OTHERS = {
-    m.__name__: m.create_pipeline()
-    for m in (arena, compatibility, export, one_step_unet, reward_models, segmentation_model, teacher, unified_sampling)
-}
+    module.__name__: module.create_pipeline()
+    for module in (
+        arena, compare, compatibility, export, one_step_unet, plan, rehearsal, retrain, reward_models, segmentation_model, teacher,
+        unified_sampling,
+    )
+}  # fmt: skip
 PIPELINES["feedback"] = data_prep.create_pipeline() + feedback.create_pipeline()
 
 

@@ -159,10 +159,10 @@ def _begin(model: Teacher, manifest: Manifest, evaluation: EvaluationConfig, com
     wanted = {detector: [edges_of(image, detector) for image in images] for detector in detectors}
     style = None
     if any(compatibility.in_style()):
-        real = read_captioned_images(scenes, "test")[0].permute(0, 3, 1, 2).float() / 255
-        captions = read_captioned_images(scenes, "test")[1]
-        sizes = range(0, len(real), evaluation.batch_size)
-        style = torch.cat([scorer.score(real[i : i + sizes.step], captions[i : i + sizes.step]).features for i in sizes])
+        pixels, _ = read_captioned_images(scenes, "test")
+        with torch.inference_mode():
+            batches = (batch.permute(0, 3, 1, 2).float().to(scorer.device) / 255 for batch in pixels.split(evaluation.batch_size))
+            style = torch.cat([scorer.features(batch).float().cpu() for batch in batches])
     return _Report(scorer, evaluation, compatibility.tolerance, prompts, images, scorer.text_embeddings(prompts), wanted, style)
 
 
