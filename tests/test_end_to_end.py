@@ -137,15 +137,41 @@ def test_what_the_readme_and_the_model_cards_show_samples_in_a_fresh_process(smo
     assert run(sys.executable, "-c", f"{code}\nprint(image.size)").stdout.strip() == "(64, 64)"
 
 
-def test_the_notebook_draws_with_all_that_was_made(smoke, monkeypatch):
-    shown: list[Image.Image] = []
+def executed(name: str, smoke: Path, monkeypatch: pytest.MonkeyPatch, **changed: str) -> tuple[list[Any], dict[str, Any]]:
+    """Run a notebook's cells in its folder, with some of its settings changed. What it displayed, and its names."""
+    shown: list[Any] = []
     monkeypatch.chdir(smoke / "notebooks")
     monkeypatch.setattr("IPython.display.display", shown.append)
     names: dict[str, Any] = {}
-    for cell in json.loads(Path("sample_lora.ipynb").read_text())["cells"]:
+    for cell in json.loads(Path(f"{name}.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        for key, value in changed.items():
+            source = re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", source)
         if cell["cell_type"] == "code":
-            exec("".join(cell["source"]).replace('DATA = "data"', 'DATA = "data/smoke"'), names)
+            exec(source, names)
+    return shown, names
+
+
+def test_the_notebook_draws_with_all_that_was_made(smoke, monkeypatch):
+    shown, _ = executed("sample_lora", smoke, monkeypatch, DATA='"data/smoke"')
     assert len(shown) == 6 and len({image.tobytes() for image in shown}) == 6
+
+
+def test_the_notebook_of_feedback_names_a_weight_within_the_limits(smoke, monkeypatch, capsys):
+    shown, names = executed("choose_feedback_weight", smoke, monkeypatch, DATA='"data/smoke"', MOST_DISTANCE="100", LEAST_DIVERSITY="0")
+    table = names["table"]
+    assert names["weight"] == table.weight[table.held_out_reward.idxmax()]
+    told = capsys.readouterr().out
+    assert f"Weight {names['weight']:g}: the held-out reward gains" in told and len(shown) == 2
+    _, names = executed("choose_feedback_weight", smoke, monkeypatch, DATA='"data/smoke"', MOST_DISTANCE="1", LEAST_DIVERSITY="1")
+    assert names["weight"] in set(names["allowed"].weight) and 0 in set(names["allowed"].weight)
+
+
+def test_the_notebook_that_compares_runs_tells_none_from_itself(smoke, monkeypatch, capsys, tmp_path):
+    shutil.copytree(smoke / "data/smoke/08_reporting", tmp_path / "other/08_reporting")
+    shown, names = executed("compare_runs", smoke, monkeypatch, RUNS=repr(["data/smoke", str(tmp_path / "other")]), MODEL='"k4"')
+    assert (names["table"].gain.abs() < 1e-9).all() and {1, 2, 4, 8} <= set(names["table"].steps)
+    assert "No difference" in capsys.readouterr().out and len(shown) == 2
 
 
 def test_mlflow_has_a_run_with_a_nested_run_for_each_stage(smoke):
