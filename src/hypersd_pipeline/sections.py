@@ -57,4 +57,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"remove it, or use one of {', '.join(names)}" if names and len(names) <= 40 else "correct its spelling or remove it"
+    listed = ", ".join(names)
+    return f"remove it, or use one of {listed}" if 0 < len(listed) <= 450 else "correct its spelling or remove it"

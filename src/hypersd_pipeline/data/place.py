@@ -13,7 +13,7 @@ from hypersd_pipeline.data.reading import BadFile, file_fault, printable
 from hypersd_pipeline.errors import UserError
 
 SCHEMES = {"s3": ("s3fs", "s3"), "http": ("aiohttp", "data"), "https": ("aiohttp", "data")}  # -> fsspec's package, and our extra with it
-SAME = ("size", "mtime", "ETag", "etag", "LastModified", "Last-Modified")  # what tells that a file is still the same
+HASHES, TIMES = ("ETag", "etag"), ("mtime", "LastModified", "Last-Modified")  # what tells that a file is still the same
 LARGEST = 2**50  # bytes of a shard
 GAP, SPAN = 2**20, 2**26  # bytes: smaller gaps are read through, and so much at once
 
@@ -96,7 +96,8 @@ class Place:
                 info = self._fs.info(f"{self.root}/{name}")
         if info.get("size") == 0:
             raise UserError(f"{self.root}/{printable(name)} is empty; fetch the file again, or take it out of data.source.")
-        return {key: str(info[key]) for key in SAME if info.get(key) is not None}
+        known = [key for key in HASHES if info.get(key) is not None] or TIMES  # a file that is uploaded again has another time
+        return {key: str(info[key]) for key in ("size", *known) if info.get(key) is not None}
 
     def open(self, name: str) -> BinaryIO:
         """A file from its start, as a stream. Raises OSError and the like where it cannot be read."""

@@ -12,7 +12,7 @@ from hypersd_pipeline.conditioning import Conditioning
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import hub_folder
 from hypersd_pipeline.models.backbones import Backbone
-from hypersd_pipeline.models.backbones.unet import call_arguments
+from hypersd_pipeline.models.backbones.unet import UNetBackbone, call_arguments
 from hypersd_pipeline.models.config_rules import read_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -34,7 +34,7 @@ def new_controlnet(backbone: Backbone, factor: int, seed: int) -> Any:
     """
     from diffusers import ControlNetModel
 
-    if backbone.class_name != "UNet2DConditionModel":
+    if not isinstance(backbone, UNetBackbone):
         raise UserError(f"compatibility.controlnets: a {backbone.class_name} has no ControlNet here; set the entries to null.")
     channels = CHANNELS[: factor.bit_length()] if factor <= 8 else (*CHANNELS, *[CHANNELS[-1]] * (factor.bit_length() - 4))
     with torch.random.fork_rng(devices=[]):

@@ -153,7 +153,8 @@ def baseline(folder: Path) -> float:
     """The peak of a process that only imports what a stage imports, in bytes."""
     code = (
         "import hypersd_pipeline.recipes.one_step, hypersd_pipeline.recipes.feedback, hypersd_pipeline.hooks, peft;"
-        "from diffusers import AutoencoderKL, UNet2DConditionModel; from transformers import CLIPTextModel, BlipVisionModel;"
+        "import diffusers.models.unets.unet_2d_condition; from diffusers import AutoencoderKL;"
+        "from transformers import CLIPTextModel, BlipVisionModel;"
         "import open_clip, hypersd_pipeline.perception.mmdet_nets"
     )
     return measured([sys.executable, "-c", code], folder / "logs" / "baseline.log")[2]
