@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,21 +88,37 @@ def write_shard(path: Path, key: str, rows: Sequence[str], tensors: Mapping[str,
     return shard
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Shard]]:
+    """A file of the cache, and what it says of itself. Raises UserError where it is missing or cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {})["shard"])
+            yield file, Shard(path.name, str(head["key"]), tuple(map(str, head["rows"])), str(head["sha256"]))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {CURE}.") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); {CURE}.") from None
+
+
+def read_head(path: Path) -> Shard:
+    """What a file of the cache says of itself. Its tensors are not read.
+
+    Raises:
+        UserError: it is missing, cut off, or no file of a cache.
+    """
+    with _opened(path) as (_, shard):
+        return shard
+
+
 def read_shard(path: Path) -> tuple[Shard, dict[str, Tensor]]:
     """A file of the cache, checked: its tensors are memory-mapped, and read once for the checksum.
 
     Raises:
         UserError: it is missing or damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {})["shard"])
-            shard = Shard(path.name, str(head["key"]), tuple(map(str, head["rows"])), str(head["sha256"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {CURE}.") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); {CURE}.") from None
+    with _opened(path) as (file, shard):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if _digest(shard.key, shard.rows, tensors) != shard.sha256:
         raise UserError(f"{path} is damaged (its checksum is another one); {CURE}.")
     return shard, tensors

@@ -1,6 +1,9 @@
 """Building the cache of latents and text embeddings: row by row, resumable, each row keyed by what it is made of.
 
 A row that the folder has already, in whatever shard, is copied and not encoded again. So a new, moved or corrected row costs that row.
+
+Several processes may fill one folder together. Each writes some shards of the same plan, and encodes the batches that these rows would be
+in if there were one process. So the bytes do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ import json
 import logging
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +35,7 @@ from hypersd_pipeline.data.cache import (
     UNCONDITIONAL,
     LatentCache,
     Shard,
+    read_head,
     read_shard,
     write_shard,
 )
@@ -78,20 +83,38 @@ def cache_parts(manifest: Manifest, config: DataConfig, teacher: Teacher, encode
     }
 
 
-def build_cache(path: Path, manifest: Manifest, config: DataConfig, teacher: Teacher) -> None:
+def build_cache(path: Path, manifest: Manifest, config: DataConfig, teacher: Teacher, others: Callable[[], None] | None = None) -> None:
     """Write the cache of a manifest. Rows of an interrupted build, or of an older cache, are kept where they still hold.
 
     Whenever it is killed, the folder holds an older cache or an unfinished one, and the next call goes on from there.
 
     Args:
         teacher: with the parts ``vae`` and ``text``.
+        others: called where something is missing. It may have other processes call `fill_cache`. What they leave out is made here.
 
     Raises:
         UserError: an image changed after it was validated, or an encoder gives nothing finite.
     """
     path.mkdir(parents=True, exist_ok=True)
     encoders = probe(teacher, path)
-    _Build(path, manifest, config, teacher, encoders).run()
+    _Build(path, manifest, config, teacher, encoders).run(others)
+
+
+def fill_cache(
+    path: Path, manifest: Manifest, config: DataConfig, teacher: Teacher, number: int, of: int, ready: Callable[[], None] = lambda: None
+) -> None:
+    """Write the shards of one of several processes. `build_cache`, which has them started, makes a cache of all.
+
+    Args:
+        number: of this process, below ``of``, how many there are.
+        ready: waits until all of them have looked at what is there. From then on they write.
+
+    Raises:
+        UserError: as `build_cache`.
+    """
+    build = _Build(path, manifest, config, teacher, probe(teacher, path), whole=False)
+    ready()
+    build.fill(number, of)
 
 
 @dataclass(frozen=True)
@@ -105,21 +128,26 @@ class _Plan:
 
 
 class _Store:
-    """The whole shards that lie in the folder, and where each row is. Damaged ones are left out.
+    """The whole shards that lie in the folder, and where each row is.
 
-    All are read, because what is there may have been damaged since. That costs two seconds for a gigabyte and a core.
+    Args:
+        whole: all are read and compared with their checksums, because what is there may have been damaged since, and damaged ones are left
+            out. That costs two seconds for a gigabyte and a core. Otherwise only their heads are read.
     """
 
-    def __init__(self, path: Path, workers: int) -> None:
+    def __init__(self, path: Path, workers: int, whole: bool = True) -> None:
         self.path = path
         self.shards: dict[str, Shard] = {}
+        self.damaged: list[Path] = []
         self._tensors: dict[str, dict[str, Tensor]] = {}
         self._at: dict[str, tuple[str, int]] = {}
         files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
         with ThreadPoolExecutor(workers) as pool:
-            for found in pool.map(_try_shard, files):
+            for file, found in zip(files, pool.map(_try_shard if whole else _try_head, files), strict=True):
                 if found:
                     self.add(*found)
+                else:
+                    self.damaged.append(file)
 
     def add(self, shard: Shard, tensors: dict[str, Tensor] | None = None) -> None:
         """Take in a shard that is there. Its tensors are read when they are needed, if they are not given."""
@@ -152,10 +180,47 @@ def _try_shard(file: Path) -> tuple[Shard, dict[str, Tensor]] | None:
         return None
 
 
-class _Build:
-    """One build: the plan of shards, and the encoders that fill them."""
+def _try_head(file: Path) -> tuple[Shard, None] | None:
+    try:
+        return read_head(file), None
+    except UserError as error:
+        log.info("%s", error)
+        return None
 
-    def __init__(self, path: Path, manifest: Manifest, config: DataConfig, teacher: Teacher, encoders: Mapping[str, str]) -> None:
+
+@dataclass(frozen=True)
+class _Part:
+    """A split, or the captions: the shards that it is to have, and what they are made of.
+
+    Attributes:
+        wanted: the planned shards that are not there.
+        bounds: for each of them, where its rows begin in ``missing``, and the end of the last.
+        missing: what must be encoded for all of them, in order. there: keys of rows that are copied.
+        encode: gives the tensors of each of ``missing[start:stop]``.
+    """
+
+    name: str
+    plans: Sequence[_Plan]
+    wanted: Sequence[_Plan]
+    bounds: Sequence[int]
+    missing: Sequence[Any]
+    there: frozenset[str]
+    encode: Callable[[Sequence[Any], int, int], Iterator[dict[str, Tensor]]]
+
+    def share(self, number: int, of: int) -> slice:
+        """The wanted shards of one process: neighbours, and about as much to encode as the others have."""
+        costs = [stop - start + 1 for start, stop in pairwise(self.bounds)]  # 1 to write it
+        owners = [int((end - cost / 2) * of / (sum(costs) or 1)) for end, cost in zip(accumulate(costs), costs, strict=True)]
+        mine = [i for i, owner in enumerate(owners) if owner == number]
+        return slice(mine[0], mine[-1] + 1) if mine else slice(0, 0)
+
+
+class _Build:
+    """One build: the plan of shards, and the encoders that fill them. See `_Store` for ``whole``."""
+
+    def __init__(
+        self, path: Path, manifest: Manifest, config: DataConfig, teacher: Teacher, encoders: Mapping[str, str], whole: bool = True
+    ) -> None:
         self.path, self.manifest, self.config, self.teacher = path, manifest, config, teacher
         self.parts = cache_parts(manifest, config, teacher, encoders)
         self.splits = {name: select_rows(rows, config) for name, rows in manifest.splits.items()}
@@ -166,14 +231,20 @@ class _Build:
         with_images = {} if isinstance(config.source, PromptsSource) else self.splits
         self._plans = {name: _plan(name, latents, (row.sha256 for row in rows), config) for name, rows in with_images.items()}
         self._text_plan = _plan(TEXT, text, self.captions, config)
-        self._store = _Store(path, config.workers)
+        self._store = _Store(path, config.workers, whole)
 
-    def run(self) -> None:
+    def run(self, others: Callable[[], None] | None = None) -> None:
         """Write what is missing, and the index last."""
         if self._up_to_date():
             return
-        latents = {name: self._write_split(name, rows) for name, rows in self.splits.items()}
-        text = self._fill(TEXT, self._text_plan, self._encoded_captions(self._missing(self._text_plan, self.captions)))
+        if others:
+            for file in self._store.damaged:  # the others do not look for them
+                file.unlink(missing_ok=True)
+            others()
+            self._store = _Store(self.path, self.config.workers, whole=False)
+        self.fill(0, 1)
+        latents = {name: self._planned(self._plans.get(name, [])) for name in self.splits}  # none for prompts
+        text = self._planned(self._text_plan)
         (self.path / INDEX).unlink(missing_ok=True)  # from here on the files are no longer those of the older cache
         rows = write_shard(self.path / ROWS, sha256_of(self.parts), (), self._caption_numbers())
         unconditional = write_shard(self.path / UNCONDITIONAL, self.parts["text"], (), self._unconditional())
@@ -223,41 +294,52 @@ class _Build:
 
     # --- shards --------------------------------------------------------------------------------------------------------------------------
 
-    def _missing(self, plans: Sequence[_Plan], items: Sequence[T]) -> Picked[T]:
-        """What must be encoded, in order."""
-        wanted = (plan for plan in plans if not self._store.has(plan))
-        numbers = (plan.at.start + i for plan in wanted for i, key in enumerate(plan.rows) if key not in self._store)
-        return Picked(items, array("q", numbers))
+    def fill(self, number: int, of: int) -> None:
+        """Write the missing shards of one of several processes."""
+        rows = [self._part(name, plans, self.splits[name], self._encoded_rows) for name, plans in self._plans.items()]
+        for part in [*rows, self._part(TEXT, self._text_plan, self.captions, self._encoded_captions)]:  # all know what was there before
+            self._write(part, part.share(number, of))
 
-    def _write_split(self, name: str, rows: Sequence[Row]) -> list[Shard]:
-        plans = self._plans.get(name, [])  # none for prompts
-        return self._fill(name, plans, self._encoded_rows(self._missing(plans, rows)))
+    def _planned(self, plans: Sequence[_Plan]) -> list[Shard]:
+        return [self._store.shards[plan.file] for plan in plans]
 
-    def _fill(self, name: str, plans: Sequence[_Plan], encoded: Iterator[dict[str, Tensor]]) -> list[Shard]:
-        """Write the planned shards that are not there: rows of other shards are copied, the others taken from ``encoded``, in order."""
-        shards = []
-        before = frozenset(key for plan in plans for key in plan.rows if key in self._store)
-        kept = frozenset(plan.file for plan in plans if self._store.has(plan))
-        copied = new = 0
-        for number, plan in enumerate(plans, 1):
-            if plan.file in kept:
-                shards.append(self._store.shards[plan.file])
-                continue
-            rows = [self._store.row(key) if key in before else next(encoded) for key in plan.rows]
-            tensors = {part: torch.stack([row[part] for row in rows]) for part in rows[0]}
-            shards.append(write_shard(self.path / plan.file, plan.key, plan.rows, tensors))
-            fresh = sum(key not in before for key in plan.rows)
-            copied, new = copied + len(rows) - fresh, new + fresh
-            log.info("%s (%d/%d): %d rows, %d of them encoded", plan.file, number, len(plans), len(rows), fresh)
-            self._store.add(shards[-1])
-        log.info("%s: %d rows encoded, %d copied, %d of %d files kept", name, new, copied, len(kept), len(plans))
-        return shards
+    def _part(self, name: str, plans: Sequence[_Plan], items: Sequence[Any], encode: Callable[..., Iterator[dict[str, Tensor]]]) -> _Part:
+        wanted = [plan for plan in plans if not self._store.has(plan)]
+        there = frozenset(key for plan in wanted for key in plan.rows if key in self._store)
+        numbers, bounds = array("q"), array("q", [0])
+        for plan in wanted:
+            numbers.extend(plan.at.start + i for i, key in enumerate(plan.rows) if key not in there)
+            bounds.append(len(numbers))
+        return _Part(name, plans, wanted, bounds, Picked(items, numbers), there, encode)
 
-    def _encoded_rows(self, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
-        """Posterior mean and std ``[C, h, w]`` of each row in the cache's dtype. For SDXL ``sizes`` float32 ``[6]``."""
+    def _write(self, part: _Part, share: slice) -> None:
+        """Write some of a part's wanted shards: rows of other shards are copied, the others encoded."""
+        start, stop = part.bounds[share.start], part.bounds[share.stop]
+        encoded = part.encode(part.missing, start, stop)
+        copied = 0
+        for number, plan in enumerate(part.wanted[share], 1):
+            rows = [self._store.row(key) if key in part.there else next(encoded) for key in plan.rows]
+            tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            shard = write_shard(self.path / plan.file, plan.key, plan.rows, tensors)
+            fresh = sum(key not in part.there for key in plan.rows)
+            copied += len(rows) - fresh
+            log.info("%s (%d/%d): %d rows, %d of them encoded", plan.file, number, share.stop - share.start, len(rows), fresh)
+            self._store.add(shard)
+        kept = len(part.plans) - len(part.wanted)
+        log.info("%s: %d rows encoded, %d copied, %d of %d files kept", part.name, stop - start, copied, kept, len(part.plans))
+
+    def _encoded_rows(self, rows: Sequence[Row], start: int, stop: int) -> Iterator[dict[str, Tensor]]:
+        """Posterior mean and std ``[C, h, w]`` of each of ``rows[start:stop]`` in the cache's dtype. For SDXL ``sizes`` float32 ``[6]``.
+
+        Rows are encoded together as if all of ``rows`` were: a batch that begins before ``start`` or ends after ``stop`` is whole.
+        """
+        batches = list(_around(len(rows), start, stop, self.config.batch_size))
+        return islice(self._encoded_batches(rows, batches), start - batches[0].start if batches else 0, None)
+
+    def _encoded_batches(self, rows: Sequence[Row], batches: Sequence[range]) -> Iterator[dict[str, Tensor]]:
         dtype, side = getattr(torch, self.config.dtype), self.teacher.resolution
         with ThreadPoolExecutor(self.config.workers) as pool:
-            for batch, read in self._read_ahead(rows, pool):
+            for batch, read in self._read_ahead(rows, batches, pool):
                 pixels, crops = zip(*read, strict=True)
                 with torch.inference_mode():
                     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -268,10 +350,13 @@ class _Build:
                     sizes = {"sizes": torch.tensor([row.height, row.width, *crop, side, side], dtype=torch.float32)}
                     yield {"mean": mean[i], "std": std[i], **(sizes if self.teacher.layout == "sdxl" else {})}
 
-    def _read_ahead(self, rows: Sequence[Row], pool: ThreadPoolExecutor) -> Iterator[tuple[Sequence[Row], list[Fitted]]]:
+    def _read_ahead(
+        self, rows: Sequence[Row], batches: Sequence[range], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[Sequence[Row], list[Fitted]]]:
         """Batches with their fitted images. The next batch is read while the VAE is at this one."""
         waiting: deque[tuple[Sequence[Row], list[Future[list[Fitted]]]]] = deque()
-        for batch in _chunks(rows, self.config.batch_size):
+        for numbers in batches:
+            batch = rows[numbers.start : numbers.stop]
             some = _chunks(batch, -(-len(batch) // self.config.workers))
             waiting.append((batch, [pool.submit(self._read, each) for each in some]))
             if len(waiting) > AHEAD:
@@ -293,12 +378,14 @@ class _Build:
             fitted.append(fit(decode_image(content), self.teacher.resolution))
         return fitted
 
-    def _encoded_captions(self, captions: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        for some in _chunks(captions, self.config.shard_rows):  # batched by the teacher. Few calls, so that few warnings count cut captions
+    def _encoded_captions(self, captions: Sequence[str], start: int, stop: int) -> Iterator[dict[str, Tensor]]:
+        """The embeddings of each of ``captions[start:stop]``. See `_encoded_rows`."""
+        for numbers in _around(len(captions), start, stop, self.config.shard_rows):  # few calls, so that few warnings count cut captions
             with torch.inference_mode():
-                tensors = self._stored(self.teacher.encode_prompts(some))
-            for i in range(len(some)):
-                yield {name: tensor[i] for name, tensor in tensors.items()}
+                tensors = self._stored(self.teacher.encode_prompts(captions[numbers.start : numbers.stop]))
+            for i, number in enumerate(numbers):
+                if number >= start:
+                    yield {name: tensor[i] for name, tensor in tensors.items()}
 
     def _stored(self, cond: Conditioning) -> dict[str, Tensor]:
         tensors = {"prompt_embeds": cond.prompt_embeds, "pooled": cond.pooled}
@@ -365,6 +452,11 @@ def select_rows(rows: Sequence[Row], config: DataConfig) -> Sequence[Row]:
     if config.max_captions is None:
         return Picked(rows, numbers)
     return Picked(rows, numbers, lambda row: replace(row, captions=row.captions[: config.max_captions]))
+
+
+def _around(count: int, start: int, stop: int, size: int) -> Iterator[range]:
+    """Of the chunks of ``size`` that ``count`` items are divided into, those that have an item of ``start:stop``."""
+    return (range(i, min(i + size, count)) for i in range(start - start % size, stop, size) if start < stop)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
