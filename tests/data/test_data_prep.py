@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import tiny
 import yaml
+from data.tars import shards
 from kedro.io import DataCatalog
 from kedro.io.core import DatasetError
 from kedro.runner import SequentialRunner
@@ -19,15 +21,18 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.io.folder import FolderDataset
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.pipelines.data_prep import create_pipeline
+from hypersd_pipeline.training.checkpoints import CheckpointStore
+from hypersd_pipeline.training.distributed import ComputeConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
-def catalog_in(root: Path, data: DataConfig, teacher: TeacherConfig) -> DataCatalog:
+def catalog_in(root: Path, data: DataConfig, teacher: TeacherConfig, processes: int = 1) -> DataCatalog:
     """The project's own catalog entries, with paths under ``root``."""
     text = re.sub(r"\$\{data:(\w+)\}", rf"{root.as_posix()}/data/\1", (CONF / "base/catalog_data.yml").read_text())
     catalog = DataCatalog.from_config(yaml.safe_load(text))
     catalog["params:data"], catalog["params:teacher"] = data, teacher
+    catalog["params:compute"], catalog["data_prep.checkpoints"] = ComputeConfig(processes=processes), CheckpointStore(root / "meeting")
     return catalog
 
 
@@ -75,6 +80,27 @@ def test_a_folder_of_ones_own_goes_through_where_it_lies(tmp_path: Path, teacher
     rejected = pd.read_csv(tmp_path / "project/data/08_reporting/rejected_rows.csv")
     row = {"file": "train/0.png", "row": "0.png", "split": "train", "reason": "the caption is empty"}
     assert rejected.to_dict("records") == [row]
+
+
+def test_two_processes_prepare_the_same_bytes_as_one(tmp_path: Path, teacher: TeacherConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """Shards from a folder, of which one is broken, on real processes."""
+    caplog.set_level("INFO")
+    tars = shards(tmp_path / "tars", count=5)
+    os.truncate(tars / "00001.tar", 700)
+    source = {"kind": "shards", "root": str(tars), "splits": {"train": "{00000..00003}.tar", "test": "00004.tar"}}
+    data = DataConfig(source=source, shard_rows=6, batch_size=5, workers=1)
+    written = []
+    for processes in (1, 2):
+        catalog = catalog_in(tmp_path / str(processes), data, teacher, processes)
+        SequentialRunner().run(create_pipeline(), catalog)
+        folders = [tmp_path / str(processes) / "data" / name for name in ("03_primary/manifest", "05_model_input/latents", "08_reporting")]
+        written.append({f"{folder.name}/{file.name}": file.read_bytes() for folder in folders for file in folder.iterdir()})
+        assert len(catalog.load("latents").split("train")) == 24
+    one, two = written
+    assert one.keys() == two.keys() and len(one) > 10 and all(one[name] == two[name] for name in one)
+    assert not list((tmp_path / "2/meeting").iterdir())
+    log = caplog.text.rpartition("Running node: generate_dataset")[2]
+    assert "train: 0 rows encoded, 0 copied" in log, "the processes have left work to the one that started them"
 
 
 def test_the_configuration_in_conf_is_valid_and_says_what_the_issue_asks() -> None:

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -75,11 +75,14 @@ def shard_names(source: ShardsSource, place: Place, of: str) -> list[str]:
     return list(dict.fromkeys(plain("", name) for name in found))
 
 
-def check_shards(source: ShardsSource, folder: Path, workers: int) -> tuple[dict[str, Lines[Row]], list[tuple[str, Rejected]]]:
+def check_shards(
+    source: ShardsSource, folder: Path, workers: int, others: Callable[[], None] | None = None
+) -> tuple[dict[str, Lines[Row]], list[tuple[str, Rejected]]]:
     """Check all shards, several at once, and divide their rows into splits.
 
     Args:
         folder: of the data set, where what was checked is kept. workers: shards that are read at once.
+        others: called where several shards are to be checked. It may have other processes call `check_some`.
 
     Returns:
         The good rows of each split, which lie on the disk, and the reports of what was left out with the split they belong to.
@@ -87,29 +90,72 @@ def check_shards(source: ShardsSource, folder: Path, workers: int) -> tuple[dict
     Raises:
         UserError: a shard is missing, empty or cannot be reached, or the server gives no parts of files.
     """
-    place, layout = Place(source.root), shard_splits(source)
-    shards = {of: shard_names(source, place, of) for of in dict.fromkeys(split.of for split in layout.values())}
-    owners: dict[str, str] = {}
-    for of, names in shards.items():
-        for name in names:
-            if owners.setdefault(name, of) != of:
-                raise UserError(
-                    f"data.source.splits: {of!r} and {owners[name]!r} both have {name}; give each split its own shards or shares."
-                )
-    todo = list(owners)
-    place.state(todo[0])
-    place.check_parts(todo[0])
-    with ThreadPoolExecutor(workers) as pool:
-        states = dict(zip(todo, pool.map(place.state, todo), strict=True))
-        settings = [FORMAT, place.root, source.caption_key, source.filters.model_dump(mode="json")]
-        parts = {name: _Part(folder / CHECKED, sha256_of([name, states[name], *settings])[:32]) for name in todo}
-        waiting = [name for name in todo if not parts[name].finished()]
-        if len(waiting) < len(todo):
-            log.info("%d of %d shards were checked before", len(todo) - len(waiting), len(todo))
-        reports = dict(zip(waiting, pool.map(lambda name: parts[name].fill(place, name, source), waiting), strict=True))
-    rows, refused = _divide(layout, shards, parts, reports)
-    _remove_others(folder / CHECKED, parts.values())
+    layout, check = shard_splits(source), _Check(source, folder, workers)
+    waiting = check.waiting()
+    if len(waiting) < len(check.parts):
+        log.info("%d of %d shards were checked before", len(check.parts) - len(waiting), len(check.parts))
+    if others and len(waiting) > 1:
+        others()
+        waiting = check.waiting()
+    reports = check.run(waiting)
+    rows, refused = _divide(layout, check.shards, check.parts, reports)
+    _remove_others(folder / CHECKED, check.parts.values())
     return rows, refused
+
+
+def check_some(source: ShardsSource, folder: Path, workers: int, number: int, of: int, ready: Callable[[], None]) -> None:
+    """Check the shards of one of several processes. `check_shards`, which has them started, goes on with all.
+
+    Args:
+        number: of this process, below ``of``, how many there are.
+        ready: waits until all of them have looked at what is there. From then on they write.
+
+    Raises:
+        UserError: as `check_shards`.
+    """
+    check = _Check(source, folder, workers)
+    waiting = check.waiting()
+    ready()
+    check.run(waiting[number::of])
+
+
+class _Check:
+    """The shards of a data set, and what is kept of each of them.
+
+    Attributes:
+        shards: names by what the splits are made of. parts: by name.
+
+    Raises:
+        UserError: see `check_shards`.
+    """
+
+    def __init__(self, source: ShardsSource, folder: Path, workers: int) -> None:
+        self.source, self.place, self.workers = source, Place(source.root), workers
+        layout = shard_splits(source)
+        self.shards = {of: shard_names(source, self.place, of) for of in dict.fromkeys(split.of for split in layout.values())}
+        owners: dict[str, str] = {}
+        for of, names in self.shards.items():
+            for name in names:
+                if owners.setdefault(name, of) != of:
+                    raise UserError(
+                        f"data.source.splits: {of!r} and {owners[name]!r} both have {name}; give each split its own shards or shares."
+                    )
+        todo = list(owners)
+        self.place.state(todo[0])
+        self.place.check_parts(todo[0])
+        settings = [FORMAT, self.place.root, source.caption_key, source.filters.model_dump(mode="json")]
+        with ThreadPoolExecutor(workers) as pool:
+            states = zip(todo, pool.map(self.place.state, todo), strict=True)
+            self.parts = {name: _Part(folder / CHECKED, sha256_of([name, state, *settings])[:32]) for name, state in states}
+
+    def waiting(self) -> list[str]:
+        """The shards that must be checked."""
+        return [name for name, part in self.parts.items() if not part.finished()]
+
+    def run(self, names: Sequence[str]) -> dict[str, Report]:
+        """Check some shards, several at once."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            return dict(zip(names, pool.map(lambda name: self.parts[name].fill(self.place, name, self.source), names), strict=True))
 
 
 def _divide(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -37,13 +37,16 @@ TEST_ROWS = 4  # what the evaluation needs to estimate a distance
 NO_SPLIT = "(none)"
 
 
-def validate(source: Source, dataset: Path, workers: int = 4, complete: bool = False) -> tuple[Manifest, pd.DataFrame]:
+def validate(
+    source: Source, dataset: Path, workers: int = 4, complete: bool = False, others: Callable[[], None] | None = None
+) -> tuple[Manifest, pd.DataFrame]:
     """Check every row of a source.
 
     Args:
         dataset: the generated data set's folder. Other sources bring their own ``root``.
         workers: threads that read images.
         complete: also refuse what the stages cannot work with: no split ``train`` or ``test``, or too few test rows.
+        others: see `hypersd_pipeline.data.shards.check_shards`. Other sources do not call it.
 
     Returns:
         The manifest of good rows, and a table (file, row, split, reason): a line for each row, or caption of a good row, left out,
@@ -54,7 +57,7 @@ def validate(source: Source, dataset: Path, workers: int = 4, complete: bool = F
             With ``complete`` also the above.
     """
     if isinstance(source, ShardsSource):
-        return _validate_shards(source, dataset, workers, complete)
+        return _validate_shards(source, dataset, workers, complete, others)
     if isinstance(source, PromptsSource):
         return _validate_prompts(source, complete)
     root = dataset if isinstance(source, TwemojiSource) else Path(os.path.expanduser(source.root)).absolute()
@@ -95,7 +98,9 @@ def _table(refused: Sequence[tuple[str, Rejected]]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
-def _validate_shards(source: ShardsSource, dataset: Path, workers: int, complete: bool) -> tuple[Manifest, pd.DataFrame]:
+def _validate_shards(
+    source: ShardsSource, dataset: Path, workers: int, complete: bool, others: Callable[[], None] | None
+) -> tuple[Manifest, pd.DataFrame]:
     """:func:`validate` for shards, whose rows stay on the disk."""
     layout = shard_splits(source)
     if complete:
@@ -106,7 +111,7 @@ def _validate_shards(source: ShardsSource, dataset: Path, workers: int, complete
         _check_root(root, dataset)
         if not os.path.isdir(root):
             raise UserError(f"data.source.root: {printable(str(root))} is not a folder; give the folder that holds the shards.")
-    splits, refused = check_shards(source, dataset, workers)
+    splits, refused = check_shards(source, dataset, workers, others)
     good = _without_empty(splits)
     if not good:
         raise UserError(f"{source.root} has no images{_first(refused)}; check data.source.")
