@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from hypersd_pipeline.data.config import ShardFilters, ShardsSource, SplitSource
-from hypersd_pipeline.data.images import MAX_BYTES, decode_image
+from hypersd_pipeline.data.images import MAX_BYTES, decode_image, image_size
 from hypersd_pipeline.data.lines import Lines
 from hypersd_pipeline.data.place import Place, reason_of
 from hypersd_pipeline.data.reading import MAX_TEXT, BadFile, decode_text, is_text, name_fault, parse_json, plain, printable
@@ -76,13 +76,14 @@ def shard_names(source: ShardsSource, place: Place, of: str) -> list[str]:
 
 
 def check_shards(
-    source: ShardsSource, folder: Path, workers: int, others: Callable[[], None] | None = None
+    source: ShardsSource, folder: Path, workers: int, others: Callable[[], None] | None = None, decode: bool = True
 ) -> tuple[dict[str, Lines[Row]], list[tuple[str, Rejected]]]:
     """Check all shards, several at once, and divide their rows into splits.
 
     Args:
         folder: of the data set, where what was checked is kept. workers: shards that are read at once.
         others: called where several shards are to be checked. It may have other processes call `check_some`.
+        decode: the images, to see that they are whole. Otherwise only their headers are read.
 
     Returns:
         The good rows of each split, which lie on the disk, and the reports of what was left out with the split they belong to.
@@ -90,7 +91,7 @@ def check_shards(
     Raises:
         UserError: a shard is missing, empty or cannot be reached, or the server gives no parts of files.
     """
-    layout, check = shard_splits(source), _Check(source, folder, workers)
+    layout, check = shard_splits(source), _Check(source, folder, workers, decode)
     waiting = check.waiting()
     if len(waiting) < len(check.parts):
         log.info("%d of %d shards were checked before", len(check.parts) - len(waiting), len(check.parts))
@@ -103,7 +104,9 @@ def check_shards(
     return rows, refused
 
 
-def check_some(source: ShardsSource, folder: Path, workers: int, number: int, of: int, ready: Callable[[], None]) -> None:
+def check_some(
+    source: ShardsSource, folder: Path, workers: int, number: int, of: int, ready: Callable[[], None], decode: bool = True
+) -> None:
     """Check the shards of one of several processes. `check_shards`, which has them started, goes on with all.
 
     Args:
@@ -113,7 +116,7 @@ def check_some(source: ShardsSource, folder: Path, workers: int, number: int, of
     Raises:
         UserError: as `check_shards`.
     """
-    check = _Check(source, folder, workers)
+    check = _Check(source, folder, workers, decode)
     waiting = check.waiting()
     ready()
     check.run(waiting[number::of])
@@ -129,8 +132,8 @@ class _Check:
         UserError: see `check_shards`.
     """
 
-    def __init__(self, source: ShardsSource, folder: Path, workers: int) -> None:
-        self.source, self.place, self.workers = source, Place(source.root), workers
+    def __init__(self, source: ShardsSource, folder: Path, workers: int, decode: bool) -> None:
+        self.source, self.place, self.workers, self.decode = source, Place(source.root), workers, decode
         layout = shard_splits(source)
         self.shards = {of: shard_names(source, self.place, of) for of in dict.fromkeys(split.of for split in layout.values())}
         owners: dict[str, str] = {}
@@ -143,7 +146,7 @@ class _Check:
         todo = list(owners)
         self.place.state(todo[0])
         self.place.check_parts(todo[0])
-        settings = [FORMAT, self.place.root, source.caption_key, source.filters.model_dump(mode="json")]
+        settings = [FORMAT, self.place.root, source.caption_key, source.filters.model_dump(mode="json"), *([] if decode else ["headers"])]
         with ThreadPoolExecutor(workers) as pool:
             states = zip(todo, pool.map(self.place.state, todo), strict=True)
             self.parts = {name: _Part(folder / CHECKED, sha256_of([name, state, *settings])[:32]) for name, state in states}
@@ -155,7 +158,8 @@ class _Check:
     def run(self, names: Sequence[str]) -> dict[str, Report]:
         """Check some shards, several at once."""
         with ThreadPoolExecutor(self.workers) as pool:
-            return dict(zip(names, pool.map(lambda name: self.parts[name].fill(self.place, name, self.source), names), strict=True))
+            filled = pool.map(lambda name: self.parts[name].fill(self.place, name, self.source, self.decode), names)
+            return dict(zip(names, filled, strict=True))
 
 
 def _divide(
@@ -237,14 +241,14 @@ class _Part:
         head = json.loads(self.head.read_bytes())
         return Report([Rejected(*entry) for entry in head["listed"]], Counter(head["counts"]), head["broken"])
 
-    def fill(self, place: Place, shard: str, source: ShardsSource) -> Report:
+    def fill(self, place: Place, shard: str, source: ShardsSource, decode: bool) -> Report:
         """Check a shard. Nothing is kept of one that could not be read to its end for want of a network."""
         for number in range(TRIES):
             report = Report()
             with replacing_file(self.rows) as path, open(path, "wb") as rows:
                 try:
                     with place.open(shard) as file:
-                        rows.writelines(row.line() for row in _good_rows(file, shard, source, report))
+                        rows.writelines(row.line() for row in _good_rows(file, shard, source, report, decode))
                 except (tarfile.TarError, BadFile) as error:
                     report.broken = str(error)
                 except Exception as error:  # of the network: each file system has classes of its own
@@ -344,7 +348,7 @@ def _member_fault(info: tarfile.TarInfo, suffix: str) -> str | None:
     return None
 
 
-def _good_rows(file: BinaryIO, shard: str, source: ShardsSource, report: Report) -> Iterator[Row]:
+def _good_rows(file: BinaryIO, shard: str, source: ShardsSource, report: Report, decode: bool) -> Iterator[Row]:
     """The good rows of a tar. The others are reported."""
     from webdataset.tariterators import group_by_keys
 
@@ -365,7 +369,7 @@ def _good_rows(file: BinaryIO, shard: str, source: ShardsSource, report: Report)
             continue
         seen.add(digest)
         try:
-            row = _row(sample, key, shard, source)
+            row = _row(sample, key, shard, source, decode)
         except BadFile as fault:
             report.reject(f"{shard}/{key}", key, str(fault))
             continue
@@ -377,7 +381,7 @@ def _good_rows(file: BinaryIO, shard: str, source: ShardsSource, report: Report)
         report.reject(shard, "(all)", "the shard has no sample of an image with a .txt or .json")
 
 
-def _row(sample: dict[str, Any], key: str, shard: str, source: ShardsSource) -> Row | str:
+def _row(sample: dict[str, Any], key: str, shard: str, source: ShardsSource, decode: bool) -> Row | str:
     """The row of a sample, or the filter that leaves it out.
 
     Raises:
@@ -392,7 +396,7 @@ def _row(sample: dict[str, Any], key: str, shard: str, source: ShardsSource) -> 
     captions = _captions(sample, meta, source.caption_key)
     if reason := _low_score(source.filters, meta):
         return reason
-    width, height = decode_image(image.content).size
+    width, height = decode_image(image.content).size if decode else image_size(image.content)
     if reason := _wrong_size(source.filters, width, height):
         return reason
     inside = (shard, image.start, len(image.content))

@@ -43,7 +43,7 @@ EVALUATION = {
 def data_nodes() -> list[Node]:
     """``params:data``, ``params:teacher`` -> ``dataset``, ``manifest``, ``rejected_rows``, ``latents``. What is there is kept."""
     place = {"checkpoints": "data_prep.checkpoints", "compute": "params:compute"}
-    validated = {"dataset": "dataset", "data": "params:data", **place}
+    validated = {"dataset": "dataset", "data": "params:data", "teacher": "params:teacher", "latents": "latents.checkpoints", **place}
     cached = {"manifest": "manifest", "data": "params:data", "teacher": "params:teacher", **place}
     return [
         Node(generate_dataset, "params:data", "dataset", name="generate_dataset"),
@@ -52,9 +52,16 @@ def data_nodes() -> list[Node]:
     ]
 
 
-def validate_node(dataset: Path, data: DataConfig, checkpoints: CheckpointStore, compute: ComputeConfig) -> tuple[Manifest, pd.DataFrame]:
-    """See `recipes.prepare.validate_rows`."""
-    return validate_rows(dataset, data, Place(checkpoints.path, compute))
+def validate_node(
+    dataset: Path,
+    data: DataConfig,
+    teacher: TeacherConfig,
+    latents: CheckpointStore,
+    checkpoints: CheckpointStore,
+    compute: ComputeConfig,
+) -> tuple[Manifest, pd.DataFrame]:
+    """See `recipes.prepare.validate_rows`. ``latents`` is the folder of the cache, whatever is in it."""
+    return validate_rows(dataset, data, Place(checkpoints.path, compute), teacher, latents.path)
 
 
 def cache_node(
