@@ -1,9 +1,10 @@
-"""Memory and time of a million rows of tar shards: their validation, the manifest, and the captions of a cache.
+"""Memory and time of a million rows of tar shards: their validation, the manifest, the plan of a cache and its captions.
 
     python benchmarks/data_rows.py --rows 1000000
 
 The shards are hard links to one tar of tiny images, so they take little of the disk. Each step runs in a process of its own.
-Its peak memory is what the system reports, without what the same process has after its imports.
+Its peak memory is what the system reports, without what the same process has after its imports. The step ``plan`` decides what has to be
+encoded. Then it writes files of a cache with the keys of all rows and hardly any tensors, and ``again`` decides what they leave to encode.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 PER_SHARD = 10_000  # as img2dataset's
-STEPS = ("validate", "manifest", "select", "captions")
+STEPS = ("validate", "manifest", "select", "plan", "again", "captions")
 
 
 def make_shards(folder: Path, rows: int) -> None:
@@ -47,14 +48,18 @@ def make_shards(folder: Path, rows: int) -> None:
 
 def step(name: str, folder: Path, rows: int) -> dict[str, float]:
     """Run one step in this process."""
-    from hypersd_pipeline.data.cache import CAPTIONS, read_captions
-    from hypersd_pipeline.data.cache_build import select_rows
+    import torch
+
+    from hypersd_pipeline.data.cache import CAPTIONS, read_captions, write_shard
+    from hypersd_pipeline.data.cache_build import _Build, select_rows
     from hypersd_pipeline.data.config import DataConfig
     from hypersd_pipeline.data.rows import read_manifest, write_manifest
     from hypersd_pipeline.data.validate import validate
+    from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 
     splits = {"train": f"{{00000..{-(-rows // PER_SHARD) - 1:05d}}}.tar", "test": "test.tar"}
     data = DataConfig(source={"kind": "shards", "root": str(folder / "tars"), "splits": splits}, workers=2)
+    teacher = load_teacher(TeacherConfig(), ("vae", "text"), "cpu") if name in ("plan", "again") else None
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     if name == "validate":
         manifest, _ = validate(data.source, folder / "dataset", data.workers, complete=True)
@@ -66,6 +71,15 @@ def step(name: str, folder: Path, rows: int) -> dict[str, float]:
     elif name == "select":
         manifest = read_manifest(folder / "manifest")
         found = sum(1 for _ in select_rows(manifest.splits["train"], data.model_copy(update={"max_images": rows // 2})))
+    elif teacher is not None:
+        encoders = {"vae": "", "text": ""}
+        build = _Build(folder / "cache", read_manifest(folder / "manifest"), data, teacher, encoders, whole=False)
+        found = sum(len(part.missing) for part in build._parts() if part.name == "train")
+        if name == "plan":
+            peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - start
+            for plan in (plan for plans in build._plans.values() for plan in plans):
+                write_shard(folder / "cache" / plan.file, plan.key, plan.rows, {"mean": torch.zeros(len(plan.rows), 1)})
+            return {"rows": found, "MB": (peak - before) / 1024, "MB with imports": peak / 1024, "seconds": seconds}
     else:
         with open(folder / CAPTIONS, "w", encoding="utf-8") as file:
             file.write(

@@ -196,7 +196,10 @@ def _stage_problem(key: str, stage: StageConfig) -> str | None:
 def _check_data(checked: Mapping[str, Any]) -> None:
     """Raises UserError for a stage whose terms need images or instance masks that the data cannot have, before any stage is trained."""
     data = checked.get("data")
-    if data is None or data.source.kind in ("twemoji", "coco"):
+    if data is None:
+        return
+    _check_buckets(data, checked)
+    if data.source.kind in ("twemoji", "coco"):
         return
     for key, stage in stages_of(checked):
         if data.source.kind == "prompts" and stage.consistency is not None:
@@ -208,6 +211,14 @@ def _check_data(checked: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{key}.terms.{name}: a data source of kind '{data.source.kind}' has no instance masks; set it to null or use kind 'coco'."
             )
+
+
+def _check_buckets(data: Any, checked: Mapping[str, Any]) -> None:
+    """Raises UserError for a stage whose terms need square images, where ``data.buckets`` makes others."""
+    for key, stage in stages_of(checked) if data.buckets else ():
+        for name, term in stage.active().items():
+            if what := {"regression": "stored pairs", "perceptual": "masks"}.get(getattr(term, "kind", "")):
+                raise UserError(f"{key}.terms.{name}: its {what} are square, and data.buckets has other sizes; set one of them to null.")
 
 
 def _sentence(error: ValidationError, key: str, model: type[BaseModel], parameters: Any, loader: AbstractConfigLoader, root: Path) -> str:

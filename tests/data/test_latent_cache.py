@@ -15,9 +15,10 @@ import safetensors.torch
 import tiny
 import torch
 from PIL import Image
+from ranks import on_ranks
 
 from hypersd_pipeline.data.cache import LatentCache, read_shard
-from hypersd_pipeline.data.cache_build import build_cache, cache_parts
+from hypersd_pipeline.data.cache_build import build_cache, cache_parts, fill_cache
 from hypersd_pipeline.data.config import DataConfig, FolderSource
 from hypersd_pipeline.data.images import decode_image, fit
 from hypersd_pipeline.data.probe import PROMPTS, probe
@@ -25,6 +26,7 @@ from hypersd_pipeline.data.rows import Manifest
 from hypersd_pipeline.data.validate import validate
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
+from hypersd_pipeline.training import distributed
 
 N = 10  # training images: three shards of four, four and two rows
 
@@ -41,9 +43,9 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     return load_teacher(TeacherConfig(source=str(folder)), ("vae", "text"), "cpu")
 
 
-def images(root: Path) -> Path:
+def images(root: Path, train: int = N) -> Path:
     """Images of 80 x 64 with two captions each. All share one of them."""
-    for split, count in (("train", N), ("val", 2)):
+    for split, count in (("train", train), ("val", 2)):
         (root / split).mkdir(parents=True)
         for i in range(count):
             pixels = np.random.default_rng([i, count]).integers(0, 256, (64, 80, 3), np.uint8)
@@ -201,6 +203,54 @@ def test_an_interrupted_build_goes_on_with_its_finished_shards(tmp_path: Path, s
     again = CountingTeacher(sd15)
     build_cache(path, manifest, config(), again)
     assert (again.images, again.prompts) == (0, 0)
+
+
+def bytes_in(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_several_processes_write_the_same_bytes_as_one(tmp_path: Path, sd15: Teacher) -> None:
+    """Batches of 3 over shards of 1 to 4 rows: almost every process begins and ends within a batch of the plan."""
+    manifest = read(images(tmp_path / "images", train=24))
+    shutil.copy(manifest.path(manifest.splits["train"][5]), manifest.root / "val/00.png")  # a copy in another split
+    manifest = read(manifest.root)
+    build_cache(tmp_path / "1", manifest, config(), sd15)
+    expected = bytes_in(tmp_path / "1")
+
+    def fill(path: Path) -> dict[str, int]:
+        counting = CountingTeacher(sd15)
+        fill_cache(path, manifest, config(), counting, distributed.rank(), distributed.ranks(), distributed.wait)
+        return {"images": counting.images, "prompts": counting.prompts}
+
+    for count in (2, 4):
+        path, encoded = tmp_path / str(count), []
+        build_cache(path, manifest, config(), sd15, lambda: encoded.extend(on_ranks(count, tmp_path / f"ranks{count}", lambda: fill(path))))  # noqa: B023
+        assert bytes_in(path) == expected
+        images_each, prompts_each = ([each[part] for each in encoded] for part in ("images", "prompts"))
+        assert len(encoded) == count and 26 <= sum(images_each) <= 26 + 2 * 3 * count and max(images_each) <= 26 / count + 3 + 2 * 3
+        assert 0 < min(prompts_each) and sum(prompts_each) >= len(LatentCache(path).captions)
+
+
+def test_what_other_processes_left_out_or_damaged_is_made_in_the_end(tmp_path: Path, sd15: Teacher, manifest: Manifest) -> None:
+    build_cache(tmp_path / "whole", manifest, config(), sd15)
+    path = tmp_path / "latents"
+    build_cache(path, manifest, config(), sd15)
+    damaged, _ = shard_of(path, 0)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    (path / "index.json").unlink()
+    seen = []
+
+    def others() -> None:
+        assert not damaged.exists(), "the others would take it for whole"
+        fill_cache(path, manifest, config(), sd15, 0, 1)
+        seen.append(damaged.exists())
+        (path / shard_of(tmp_path / "whole", N - 1)[0].name).unlink()  # one of them died
+
+    counting = CountingTeacher(sd15)
+    build_cache(path, manifest, config(), counting, others)
+    assert seen == [True] and counting.images == shard_of(path, N - 1)[1]
+    assert_same(LatentCache(path), LatentCache(tmp_path / "whole"))
+    build_cache(path, manifest, config(), sd15, lambda: pytest.fail("nothing is missing"))
 
 
 def test_a_stale_cache_is_refused_and_replaced(tmp_path: Path, sd15: Teacher, manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:

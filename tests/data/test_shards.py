@@ -16,16 +16,19 @@ import tiny
 import torch
 from data.tars import image, sample, served, shards, write_tar
 from pydantic import ValidationError
+from ranks import on_ranks
 
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.data.cache_build import build_cache
 from hypersd_pipeline.data.config import DataConfig, ShardsSource
 from hypersd_pipeline.data.place import SPAN, spans
 from hypersd_pipeline.data.rows import Manifest, read_manifest, write_manifest
+from hypersd_pipeline.data.shards import check_shards, check_some
 from hypersd_pipeline.data.stored import load_row, read_packed, read_row
 from hypersd_pipeline.data.validate import validate
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.teacher import Teacher, TeacherConfig, load_teacher
+from hypersd_pipeline.training import distributed
 
 ALL = {"train": {"of": "{00000..00001}.tar"}, "test": {"of": "00002.tar"}}
 
@@ -105,6 +108,24 @@ def test_an_interrupted_run_keeps_the_shards_that_are_done(tmp_path: Path, caplo
     for path in sorted((tmp_path / "dataset/checked").glob("*.json"))[:2]:  # killed before the reports of two shards were written
         path.unlink()
     assert len(check(root, tmp_path / "dataset")[0].splits["train"]) == 16 and "1 of 3 shards were checked before" in caplog.text
+
+
+def test_each_process_checks_some_shards_and_all_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    source = DataConfig(source={"kind": "shards", "root": str(shards(tmp_path / "tars", count=5)), "shards": "*.tar"}).source
+    expected, _ = check_shards(source, tmp_path / "one", 2)
+
+    def some() -> int:
+        check_some(source, tmp_path / "five", 2, distributed.rank(), distributed.ranks(), distributed.wait)
+        return 0
+
+    found, _ = check_shards(source, tmp_path / "five", 2, lambda: on_ranks(2, tmp_path / "ranks", some))  # type: ignore[arg-type, return-value]
+    assert found == expected and {path.name for path in (tmp_path / "five/checked").iterdir()} == {
+        path.name for path in (tmp_path / "one/checked").iterdir()
+    }
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "five/checked").iterdir()}
+    assert check_shards(source, tmp_path / "five", 2, lambda: pytest.fail("all were checked"))[0] == expected
+    assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 def test_http(tmp_path: Path) -> None:

@@ -93,6 +93,24 @@ def test_a_loras_hash_does_not_depend_on_the_number_of_threads():
     assert keys[0] == keys[1] != lora_key(other) and lora_key(None) is None
 
 
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_a_stage_trains_on_buckets(tmp_path, layout, monkeypatch):
+    """With the adversarial term, whose head is as deep as the smallest bucket allows."""
+    from hypersd_pipeline.data.cache import SplitCache
+
+    teacher = TeacherConfig(source=str(tiny.write_teacher(tmp_path, layout)))
+    made = teacher, prepare(tmp_path, teacher, buckets={"step": 8}, sizes="image")
+    shapes, original = set(), SplitCache.sample
+    monkeypatch.setattr(SplitCache, "sample", lambda self, *a: [x := original(self, *a), shapes.add(tuple(x.shape))][0])
+    adversarial = {"hidden": 32, "weight": 0.1}
+    config = StageConfig(**{**SHARED, "terms": {"consistency": {"segments": 4, "guidance": (3.0, 5.0)}, "adversarial": adversarial}})
+    lora, _ = stage(made, tmp_path / "run", config)
+    assert len(shapes) > 1 and {shape[0] for shape in shapes} == {4}
+    assert all(tensor.isfinite().all() for tensor in lora.tensors.values()) and any(
+        tensor.any() for name, tensor in lora.tensors.items() if "lora_B" in name
+    )
+
+
 def test_previous_stage_as_teacher_needs_no_unconditional_half(made, tmp_path, monkeypatch):
     from hypersd_pipeline.data.cache import SplitCache
 

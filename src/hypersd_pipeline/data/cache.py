@@ -1,7 +1,8 @@
 """Reading the cache of latents and text embeddings: sharded safetensors, memory-mapped, keyed by what they were made of.
 
 A folder holds ``<split>-<key>.safetensors`` (posterior mean and std of up to ``shard_rows`` images), ``text-<key>.safetensors`` (embeddings
-of as many distinct captions), ``rows.safetensors`` (the caption numbers of each row), ``unconditional.safetensors``, ``captions.json``,
+of as many distinct captions), ``rows.safetensors`` (the caption numbers of each row, and with buckets its bucket and its place in the
+shards, each of which has rows of one bucket), ``unconditional.safetensors``, ``captions.json``,
 ``encoders.json`` (what the encoders gave for a fixed image and prompt) and, written last, ``index.json``: without it a cache is unfinished.
 
 A shard says itself what is in it: the key of each row, and a checksum. A reader compares the checksum when it opens a shard.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +48,7 @@ MEANING = {
     "max_images": "data.max_images",
     "max_captions": "data.max_captions",
     "sizes": "data.sizes",
+    "buckets": "data.buckets",
     "encoders": "what the teacher's encoders give for a fixed image and prompt",
     "format": "the cache format",
 }
@@ -87,21 +90,37 @@ def write_shard(path: Path, key: str, rows: Sequence[str], tensors: Mapping[str,
     return shard
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Shard]]:
+    """A file of the cache, and what it says of itself. Raises UserError where it is missing or cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {})["shard"])
+            yield file, Shard(path.name, str(head["key"]), tuple(map(str, head["rows"])), str(head["sha256"]))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {CURE}.") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); {CURE}.") from None
+
+
+def read_head(path: Path) -> Shard:
+    """What a file of the cache says of itself. Its tensors are not read.
+
+    Raises:
+        UserError: it is missing, cut off, or no file of a cache.
+    """
+    with _opened(path) as (_, shard):
+        return shard
+
+
 def read_shard(path: Path) -> tuple[Shard, dict[str, Tensor]]:
     """A file of the cache, checked: its tensors are memory-mapped, and read once for the checksum.
 
     Raises:
         UserError: it is missing or damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {})["shard"])
-            shard = Shard(path.name, str(head["key"]), tuple(map(str, head["rows"])), str(head["sha256"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {CURE}.") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); {CURE}.") from None
+    with _opened(path) as (file, shard):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if _digest(shard.key, shard.rows, tensors) != shard.sha256:
         raise UserError(f"{path} is damaged (its checksum is another one); {CURE}.")
     return shard, tensors
@@ -156,6 +175,8 @@ class _Shards:
         found = [(positions, self.tensors(n)[name][local].float()) for n, positions, local in self.locate(rows)]
         if not found:
             return torch.empty(0, *self.tensors(0)[name].shape[1:])
+        if len({values.shape[1:] for _, values in found}) > 1:
+            raise ValueError("rows of several buckets have latents of different shapes")
         out = torch.empty(len(rows), *found[0][1].shape[1:])
         for positions, values in found:
             out[positions] = values
@@ -179,9 +200,33 @@ class SplitCache:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """``(C, h, w)``."""
+        """``(C, h, w)`` of a square."""
         c, h, w = self._cache.index["latent_shape"]
         return c, h, w
+
+    @property
+    def bucket_shapes(self) -> list[tuple[int, int, int]]:
+        """``(C, h, w)`` of each bucket. Empty without buckets."""
+        c, _, _ = self.latent_shape
+        return [(c, h, w) for h, w in self._cache.index.get("bucket_shapes", [])] if self.has_images else []
+
+    def alike(self, row: int) -> Tensor:
+        """The rows whose latents have the shape of this one's, int64. All of them without buckets."""
+        if not self.bucket_shapes:
+            return torch.arange(len(self))
+        buckets = self._cache.row_tensors[f"{self.name}.buckets"]
+        return (buckets == buckets[row]).nonzero().flatten()
+
+    def shape_of(self, row: int) -> tuple[int, int, int]:
+        """``(C, h, w)`` of a row's latents."""
+        shapes = self.bucket_shapes
+        return shapes[int(self._cache.row_tensors[f"{self.name}.buckets"][row])] if shapes else self.latent_shape
+
+    def _gather(self, name: str, indices: Tensor) -> Tensor:
+        if self.bucket_shapes:
+            check_numbers(indices, len(self))
+            indices = self._cache.row_tensors[f"{self.name}.places"][indices]
+        return self._shards.gather(name, indices)
 
     def sample(self, indices: Tensor, generator: torch.Generator | None) -> Tensor:
         """A draw from each row's posterior, ``mean + std * randn``. The mean itself where ``generator`` is None.
@@ -190,17 +235,18 @@ class SplitCache:
             indices: int64 ``[b]``. generator: on the CPU.
 
         Returns:
-            scaled latents, float32 ``[b, C, h, w]``, on the CPU.
+            scaled latents, float32 ``[b, C, h, w]``, on the CPU. With buckets all rows are of one, see `alike`.
 
         Raises:
             UserError: the data are prompts without images.
+            ValueError: the rows are of several buckets.
         """
         if not self.has_images:
             raise UserError("data.source: prompts have no images, and this stage trains on images; use a source with images for it.")
-        mean = self._shards.gather("mean", indices)
+        mean = self._gather("mean", indices)
         if generator is None:
             return mean
-        return mean + self._shards.gather("std", indices) * randn(mean.shape, generator)
+        return mean + self._gather("std", indices) * randn(mean.shape, generator)
 
     def caption_numbers(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One caption per row, as a number into the distinct captions, int64 ``[b]``: the first, or one drawn by ``generator``."""
@@ -222,7 +268,12 @@ class SplitCache:
         if cond.pooled is None:
             return cond
         told = not self.has_images or self._cache.parts.get("sizes", "image") == "default"
-        sizes = self.unconditional(len(indices)).sizes if told else self._shards.gather("sizes", indices)
+        if told and not self.bucket_shapes:
+            return Conditioning(cond.prompt_embeds, cond.pooled, self.unconditional(len(indices)).sizes)
+        sizes = self._gather("sizes", indices)
+        if told:
+            target = sizes[:, 4:]
+            sizes = torch.cat([target, torch.zeros_like(target), target], dim=1)
         return Conditioning(cond.prompt_embeds, cond.pooled, sizes)
 
     def captions(self, indices: Tensor, generator: torch.Generator | None = None) -> list[str]:

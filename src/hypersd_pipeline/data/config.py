@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from hypersd_pipeline.config import Count, Strict
+from hypersd_pipeline.data.buckets import Buckets
 from hypersd_pipeline.data.place import root_fault
 from hypersd_pipeline.data.reading import is_split_name, is_text, leads_out, plain
 from hypersd_pipeline.data.twemoji import TwemojiConfig
@@ -217,7 +218,8 @@ class DataConfig(Strict):
         max_captions: per image, the first ones. None for all.
         dtype: of cached latents. text_dtype: of cached text embeddings.
         shard_rows: rows of a shard at most: what an interrupted run loses at most.
-        sizes: SDXL's size conditioning of a row. ``default`` is that of an uncropped square image of the teacher's resolution, with
+        buckets: aspect-ratio buckets. None: all images are cropped to squares.
+        sizes: SDXL's size conditioning of a row. ``default`` is that of an uncropped image of the size that rows are brought to, with
             which users sample. ``image`` is the image's own size and crop, as in SDXL's training.
         batch_size: of the VAE. workers: threads that read images.
     """
@@ -228,6 +230,7 @@ class DataConfig(Strict):
     dtype: Dtype = "float32"
     text_dtype: Dtype = "float32"
     shard_rows: Count = 1024
+    buckets: Buckets | None = None
     sizes: Literal["default", "image"] = "default"
     batch_size: Count = 64
     workers: int = Field(default=4, ge=1, le=1024)

@@ -6,11 +6,13 @@ Read are PNG, JPEG, WebP and BMP, told by their content and not by their names. 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from hypersd_pipeline.data.reading import BadFile, printable, read_inside
 from hypersd_pipeline.errors import UserError
@@ -19,6 +21,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_BYTES = 2**28
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns
 MAX_RATIO = 16  # of the sides: the shorter one is brought to the teacher's resolution, so the longer one must be bounded
+
+_TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange width and height
 
 _SIGNATURES = (
     (0, b"GIF8", "GIF"),
@@ -48,14 +52,32 @@ def decode_image(content: bytes) -> Image.Image:
     Raises:
         BadFile: the content is no image of `FORMATS`, is damaged, too large or an animation, or cannot be converted rightly.
     """
+    with _opened(content) as opened:
+        opened.load()
+        upright = ImageOps.exif_transpose(opened)
+        return _srgb(upright, _png_depth(content))
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """Width and height of the upright image, from its header. No pixel is decoded, so a truncated file may have a size.
+
+    Raises:
+        BadFile: see `decode_image`, as far as the header tells.
+    """
+    with _opened(content) as opened:
+        width, height = opened.size
+        return (height, width) if opened.getexif().get(ExifTags.Base.Orientation) in _TURNED else (width, height)
+
+
+@contextmanager
+def _opened(content: bytes) -> Iterator[ImageFile.ImageFile]:
+    """An image whose header was checked. Raises BadFile for it, and for what is raised inside."""
     if not content:
         raise BadFile("the image cannot be read (the file has zero bytes)")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             _check_header(opened)
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            return _srgb(upright, _png_depth(content))
+            yield opened
     except BadFile:
         raise
     except UnidentifiedImageError:
@@ -79,18 +101,22 @@ def load_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: {fault}; put the file back, or run data_prep again (kedro run --pipelines data_prep).") from None
 
 
-def fit(image: Image.Image, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Shorter side to ``resolution`` (bicubic, antialiased), then the centre square.
+def fit(image: Image.Image, size: int | tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """Resize (bicubic, antialiased) until the image covers ``size``, then cut out the centre.
+
+    Args:
+        size: height and width, or the side of a square.
 
     Returns:
-        uint8 ``[resolution, resolution, 3]``, and the crop's ``(top, left)`` in the resized image, as SDXL's size conditioning wants it.
+        uint8 ``[h, w, 3]``, and the crop's ``(top, left)`` in the resized image, as SDXL's size conditioning wants it.
     """
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    h, w = (size, size) if isinstance(size, int) else size
+    scale = max(h / image.height, w / image.width)
+    width, height = max(w, round(image.width * scale)), max(h, round(image.height * scale))
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    top, left = (height - resolution) // 2, (width - resolution) // 2
-    return np.array(image.crop((left, top, left + resolution, top + resolution))), (top, left)
+    top, left = (height - h) // 2, (width - w) // 2
+    return np.array(image.crop((left, top, left + w, top + h))), (top, left)
 
 
 # --- before decoding ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from hypersd_pipeline.data.config import ShardFilters, ShardsSource, SplitSource
-from hypersd_pipeline.data.images import MAX_BYTES, decode_image
+from hypersd_pipeline.data.images import MAX_BYTES, decode_image, image_size
 from hypersd_pipeline.data.lines import Lines
 from hypersd_pipeline.data.place import Place, reason_of
 from hypersd_pipeline.data.reading import MAX_TEXT, BadFile, decode_text, is_text, name_fault, parse_json, plain, printable
@@ -75,11 +75,15 @@ def shard_names(source: ShardsSource, place: Place, of: str) -> list[str]:
     return list(dict.fromkeys(plain("", name) for name in found))
 
 
-def check_shards(source: ShardsSource, folder: Path, workers: int) -> tuple[dict[str, Lines[Row]], list[tuple[str, Rejected]]]:
+def check_shards(
+    source: ShardsSource, folder: Path, workers: int, others: Callable[[], None] | None = None, decode: bool = True
+) -> tuple[dict[str, Lines[Row]], list[tuple[str, Rejected]]]:
     """Check all shards, several at once, and divide their rows into splits.
 
     Args:
         folder: of the data set, where what was checked is kept. workers: shards that are read at once.
+        others: called where several shards are to be checked. It may have other processes call `check_some`.
+        decode: the images, to see that they are whole. Otherwise only their headers are read.
 
     Returns:
         The good rows of each split, which lie on the disk, and the reports of what was left out with the split they belong to.
@@ -87,29 +91,75 @@ def check_shards(source: ShardsSource, folder: Path, workers: int) -> tuple[dict
     Raises:
         UserError: a shard is missing, empty or cannot be reached, or the server gives no parts of files.
     """
-    place, layout = Place(source.root), shard_splits(source)
-    shards = {of: shard_names(source, place, of) for of in dict.fromkeys(split.of for split in layout.values())}
-    owners: dict[str, str] = {}
-    for of, names in shards.items():
-        for name in names:
-            if owners.setdefault(name, of) != of:
-                raise UserError(
-                    f"data.source.splits: {of!r} and {owners[name]!r} both have {name}; give each split its own shards or shares."
-                )
-    todo = list(owners)
-    place.state(todo[0])
-    place.check_parts(todo[0])
-    with ThreadPoolExecutor(workers) as pool:
-        states = dict(zip(todo, pool.map(place.state, todo), strict=True))
-        settings = [FORMAT, place.root, source.caption_key, source.filters.model_dump(mode="json")]
-        parts = {name: _Part(folder / CHECKED, sha256_of([name, states[name], *settings])[:32]) for name in todo}
-        waiting = [name for name in todo if not parts[name].finished()]
-        if len(waiting) < len(todo):
-            log.info("%d of %d shards were checked before", len(todo) - len(waiting), len(todo))
-        reports = dict(zip(waiting, pool.map(lambda name: parts[name].fill(place, name, source), waiting), strict=True))
-    rows, refused = _divide(layout, shards, parts, reports)
-    _remove_others(folder / CHECKED, parts.values())
+    layout, check = shard_splits(source), _Check(source, folder, workers, decode)
+    waiting = check.waiting()
+    if len(waiting) < len(check.parts):
+        log.info("%d of %d shards were checked before", len(check.parts) - len(waiting), len(check.parts))
+    if others and len(waiting) > 1:
+        others()
+        waiting = check.waiting()
+    reports = check.run(waiting)
+    rows, refused = _divide(layout, check.shards, check.parts, reports)
+    _remove_others(folder / CHECKED, check.parts.values())
     return rows, refused
+
+
+def check_some(
+    source: ShardsSource, folder: Path, workers: int, number: int, of: int, ready: Callable[[], None], decode: bool = True
+) -> None:
+    """Check the shards of one of several processes. `check_shards`, which has them started, goes on with all.
+
+    Args:
+        number: of this process, below ``of``, how many there are.
+        ready: waits until all of them have looked at what is there. From then on they write.
+
+    Raises:
+        UserError: as `check_shards`.
+    """
+    check = _Check(source, folder, workers, decode)
+    waiting = check.waiting()
+    ready()
+    check.run(waiting[number::of])
+
+
+class _Check:
+    """The shards of a data set, and what is kept of each of them.
+
+    Attributes:
+        shards: names by what the splits are made of. parts: by name.
+
+    Raises:
+        UserError: see `check_shards`.
+    """
+
+    def __init__(self, source: ShardsSource, folder: Path, workers: int, decode: bool) -> None:
+        self.source, self.place, self.workers, self.decode = source, Place(source.root), workers, decode
+        layout = shard_splits(source)
+        self.shards = {of: shard_names(source, self.place, of) for of in dict.fromkeys(split.of for split in layout.values())}
+        owners: dict[str, str] = {}
+        for of, names in self.shards.items():
+            for name in names:
+                if owners.setdefault(name, of) != of:
+                    raise UserError(
+                        f"data.source.splits: {of!r} and {owners[name]!r} both have {name}; give each split its own shards or shares."
+                    )
+        todo = list(owners)
+        self.place.state(todo[0])
+        self.place.check_parts(todo[0])
+        settings = [FORMAT, self.place.root, source.caption_key, source.filters.model_dump(mode="json"), *([] if decode else ["headers"])]
+        with ThreadPoolExecutor(workers) as pool:
+            states = zip(todo, pool.map(self.place.state, todo), strict=True)
+            self.parts = {name: _Part(folder / CHECKED, sha256_of([name, state, *settings])[:32]) for name, state in states}
+
+    def waiting(self) -> list[str]:
+        """The shards that must be checked."""
+        return [name for name, part in self.parts.items() if not part.finished()]
+
+    def run(self, names: Sequence[str]) -> dict[str, Report]:
+        """Check some shards, several at once."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            filled = pool.map(lambda name: self.parts[name].fill(self.place, name, self.source, self.decode), names)
+            return dict(zip(names, filled, strict=True))
 
 
 def _divide(
@@ -191,14 +241,14 @@ class _Part:
         head = json.loads(self.head.read_bytes())
         return Report([Rejected(*entry) for entry in head["listed"]], Counter(head["counts"]), head["broken"])
 
-    def fill(self, place: Place, shard: str, source: ShardsSource) -> Report:
+    def fill(self, place: Place, shard: str, source: ShardsSource, decode: bool) -> Report:
         """Check a shard. Nothing is kept of one that could not be read to its end for want of a network."""
         for number in range(TRIES):
             report = Report()
             with replacing_file(self.rows) as path, open(path, "wb") as rows:
                 try:
                     with place.open(shard) as file:
-                        rows.writelines(row.line() for row in _good_rows(file, shard, source, report))
+                        rows.writelines(row.line() for row in _good_rows(file, shard, source, report, decode))
                 except (tarfile.TarError, BadFile) as error:
                     report.broken = str(error)
                 except Exception as error:  # of the network: each file system has classes of its own
@@ -298,7 +348,7 @@ def _member_fault(info: tarfile.TarInfo, suffix: str) -> str | None:
     return None
 
 
-def _good_rows(file: BinaryIO, shard: str, source: ShardsSource, report: Report) -> Iterator[Row]:
+def _good_rows(file: BinaryIO, shard: str, source: ShardsSource, report: Report, decode: bool) -> Iterator[Row]:
     """The good rows of a tar. The others are reported."""
     from webdataset.tariterators import group_by_keys
 
@@ -319,7 +369,7 @@ def _good_rows(file: BinaryIO, shard: str, source: ShardsSource, report: Report)
             continue
         seen.add(digest)
         try:
-            row = _row(sample, key, shard, source)
+            row = _row(sample, key, shard, source, decode)
         except BadFile as fault:
             report.reject(f"{shard}/{key}", key, str(fault))
             continue
@@ -331,7 +381,7 @@ def _good_rows(file: BinaryIO, shard: str, source: ShardsSource, report: Report)
         report.reject(shard, "(all)", "the shard has no sample of an image with a .txt or .json")
 
 
-def _row(sample: dict[str, Any], key: str, shard: str, source: ShardsSource) -> Row | str:
+def _row(sample: dict[str, Any], key: str, shard: str, source: ShardsSource, decode: bool) -> Row | str:
     """The row of a sample, or the filter that leaves it out.
 
     Raises:
@@ -346,7 +396,7 @@ def _row(sample: dict[str, Any], key: str, shard: str, source: ShardsSource) -> 
     captions = _captions(sample, meta, source.caption_key)
     if reason := _low_score(source.filters, meta):
         return reason
-    width, height = decode_image(image.content).size
+    width, height = decode_image(image.content).size if decode else image_size(image.content)
     if reason := _wrong_size(source.filters, width, height):
         return reason
     inside = (shard, image.start, len(image.content))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from hypersd_pipeline.data.coco import instance_fault, read_coco
 from hypersd_pipeline.data.config import CocoSource, FolderSource, PromptsSource, ShardsSource, Source, SplitSource, TwemojiSource
 from hypersd_pipeline.data.folder import folder_splits, read_folder, strays
 from hypersd_pipeline.data.images import MAX_BYTES, decode_image
+from hypersd_pipeline.data.lines import Picked
 from hypersd_pipeline.data.place import scheme_of
 from hypersd_pipeline.data.prompts import check_prompts, prompt_splits
 from hypersd_pipeline.data.reading import BadFile, is_text, name_fault, plain, printable, read_inside, shown
@@ -37,13 +40,21 @@ TEST_ROWS = 4  # what the evaluation needs to estimate a distance
 NO_SPLIT = "(none)"
 
 
-def validate(source: Source, dataset: Path, workers: int = 4, complete: bool = False) -> tuple[Manifest, pd.DataFrame]:
+def validate(
+    source: Source,
+    dataset: Path,
+    workers: int = 4,
+    complete: bool = False,
+    others: Callable[[], None] | None = None,
+    decode: bool = True,
+) -> tuple[Manifest, pd.DataFrame]:
     """Check every row of a source.
 
     Args:
         dataset: the generated data set's folder. Other sources bring their own ``root``.
         workers: threads that read images.
         complete: also refuse what the stages cannot work with: no split ``train`` or ``test``, or too few test rows.
+        others, decode: see `hypersd_pipeline.data.shards.check_shards`. Images of other sources are always decoded here.
 
     Returns:
         The manifest of good rows, and a table (file, row, split, reason): a line for each row, or caption of a good row, left out,
@@ -54,7 +65,7 @@ def validate(source: Source, dataset: Path, workers: int = 4, complete: bool = F
             With ``complete`` also the above.
     """
     if isinstance(source, ShardsSource):
-        return _validate_shards(source, dataset, workers, complete)
+        return _validate_shards(source, dataset, workers, complete, others, decode)
     if isinstance(source, PromptsSource):
         return _validate_prompts(source, complete)
     root = dataset if isinstance(source, TwemojiSource) else Path(os.path.expanduser(source.root)).absolute()
@@ -95,7 +106,9 @@ def _table(refused: Sequence[tuple[str, Rejected]]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
-def _validate_shards(source: ShardsSource, dataset: Path, workers: int, complete: bool) -> tuple[Manifest, pd.DataFrame]:
+def _validate_shards(
+    source: ShardsSource, dataset: Path, workers: int, complete: bool, others: Callable[[], None] | None, decode: bool
+) -> tuple[Manifest, pd.DataFrame]:
     """:func:`validate` for shards, whose rows stay on the disk."""
     layout = shard_splits(source)
     if complete:
@@ -106,7 +119,7 @@ def _validate_shards(source: ShardsSource, dataset: Path, workers: int, complete
         _check_root(root, dataset)
         if not os.path.isdir(root):
             raise UserError(f"data.source.root: {printable(str(root))} is not a folder; give the folder that holds the shards.")
-    splits, refused = check_shards(source, dataset, workers)
+    splits, refused = check_shards(source, dataset, workers, others, decode)
     good = _without_empty(splits)
     if not good:
         raise UserError(f"{source.root} has no images{_first(refused)}; check data.source.")
@@ -115,6 +128,28 @@ def _validate_shards(source: ShardsSource, dataset: Path, workers: int, complete
         _check_enough(good, layout)
     _check_copies(good)
     return Manifest(root, good, None if here else source.root.rstrip("/")), _table(refused)
+
+
+def without_rows(source: ShardsSource, manifest: Manifest, bad: Sequence[tuple[str, int, str]]) -> tuple[Manifest, pd.DataFrame]:
+    """The manifest without rows whose images turned out to be broken, and a table of them.
+
+    Args:
+        bad: split, number of the row, and reason.
+
+    Raises:
+        UserError: too few rows are left.
+    """
+    refused = [
+        (split, Rejected(row.file, row.image_id.rpartition("/")[2], reason))
+        for split, number, reason in bad
+        for row in [manifest.splits[split][number]]
+    ]
+    out = {split: {number for name, number, _ in bad if name == split} for split in manifest.splits}
+    good = {name: Picked(rows, array("q", (i for i in range(len(rows)) if i not in out[name]))) for name, rows in manifest.splits.items()}
+    left = _without_empty(good)
+    _check_names(left)
+    _check_enough(left, shard_splits(source))
+    return replace(manifest, splits=left), _table(refused)
 
 
 def _validate_prompts(source: PromptsSource, complete: bool) -> tuple[Manifest, pd.DataFrame]:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from kedro.pipeline import Node, Pipeline
 from PIL import Image
 
 from hypersd_pipeline.data.cache import LatentCache
+from hypersd_pipeline.data.config import DataConfig
 from hypersd_pipeline.data.rows import Manifest
 from hypersd_pipeline.evaluation.bench import Metrics, evaluate_lora, prepare_reference
 from hypersd_pipeline.metrics.config import EvaluationConfig
@@ -17,6 +19,7 @@ from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.recipes.distil import distil
 from hypersd_pipeline.recipes.one_step import make_pairs, train_unified
+from hypersd_pipeline.recipes.prepare import cache_latents, generate_dataset, validate_rows
 from hypersd_pipeline.recipes.stage import Outputs
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import OneStepConfig, StageConfig
@@ -35,6 +38,37 @@ EVALUATION = {
     "compute": "params:compute",
 }
 """What every evaluation of a model reads besides the model. Its processes meet beside the stage's checkpoints."""
+
+
+def data_nodes() -> list[Node]:
+    """``params:data``, ``params:teacher`` -> ``dataset``, ``manifest``, ``rejected_rows``, ``latents``. What is there is kept."""
+    place = {"checkpoints": "data_prep.checkpoints", "compute": "params:compute"}
+    validated = {"dataset": "dataset", "data": "params:data", "teacher": "params:teacher", "latents": "latents.checkpoints", **place}
+    cached = {"manifest": "manifest", "data": "params:data", "teacher": "params:teacher", **place}
+    return [
+        Node(generate_dataset, "params:data", "dataset", name="generate_dataset"),
+        Node(validate_node, validated, ["manifest", "rejected_rows"], name="validate_rows"),
+        Node(cache_node, cached, "latents", name="cache_latents"),
+    ]
+
+
+def validate_node(
+    dataset: Path,
+    data: DataConfig,
+    teacher: TeacherConfig,
+    latents: CheckpointStore,
+    checkpoints: CheckpointStore,
+    compute: ComputeConfig,
+) -> tuple[Manifest, pd.DataFrame]:
+    """See `recipes.prepare.validate_rows`. ``latents`` is the folder of the cache, whatever is in it."""
+    return validate_rows(dataset, data, Place(checkpoints.path, compute), teacher, latents.path)
+
+
+def cache_node(
+    manifest: Manifest, data: DataConfig, teacher: TeacherConfig, checkpoints: CheckpointStore, compute: ComputeConfig
+) -> Callable[[Path], None]:
+    """See `recipes.prepare.cache_latents`."""
+    return cache_latents(manifest, data, teacher, Place(checkpoints.path, compute))
 
 
 def reference_node() -> Node:

@@ -72,12 +72,13 @@ def context_of(
         decode = functools.partial(decoded_one_by_one, plain) if config.decode_checkpointing else plain
     judge, consistency = config.adversarial, config.consistency
     on_trajectory = judge is not None and config.place_of(judge) == "trajectory"
+    rows = latents.split("train")
     context = Context(
         adapters,
         student,
         adapters.denoiser(None),
-        latents.split("train"),
-        model.latent_shape,
+        rows,
+        min(rows.bucket_shapes, key=lambda shape: min(shape[1:]), default=model.latent_shape),
         batch=distributed.share("stage.loop.batch_size / accumulate", config.loop.batch_size // config.loop.accumulate),
         device=model.device,
         passes=config.loop.accumulate,

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Steps, Strict, Timestep
+from hypersd_pipeline.data.cache import SplitCache
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.grids import check_grid
 from hypersd_pipeline.draws import rand, randint, randn
 from hypersd_pipeline.objectives import consistency, feedback
 from hypersd_pipeline.perception.protocol import Instances
-from hypersd_pipeline.training.terms.base import Context, Prediction
+from hypersd_pipeline.training.terms.base import Context, Prediction, Rows
 from hypersd_pipeline.training.terms.consistency import ConsistencyConfig
 from hypersd_pipeline.training.terms.perceptual import PerceptualConfig
 
@@ -107,7 +108,7 @@ class Trajectory:
     def draw(self, generator: torch.Generator) -> TrajectoryBatch:
         """See `Rollout`."""
         config, data, device = self.config, self.context.data, self.context.device
-        picks = randint(0, len(data), (self.batch,), generator)
+        picks = draw_rows(data, self.batch, generator)
         x0 = data.sample(picks, generator)
         cond = data.conditioning(picks, generator)
         uncond = moved(data.unconditional(self.batch, cond.sizes), device) if config.teacher == "base" else None
@@ -183,8 +184,8 @@ class Samples:
         """See `Rollout`. Noise and prompts come from the stored pairs, where there are any."""
         data, pairs, size, device = self.context.data, self.context.pairs, self.context.batch, self.context.device
         if pairs is None:
-            rows, target = randint(0, len(data), (size,), generator), None
-            z = randn((size, *data.latent_shape), generator)
+            rows, target = draw_rows(data, size, generator), None
+            z = randn((size, *shape_of(data, rows)), generator)
         else:
             picks = randint(0, len(pairs.rows), (size,), generator)
             rows, z, target = pairs.rows[picks], pairs.noise[picks], moved(pairs.target[picks], device)
@@ -259,6 +260,22 @@ class NoisedImages:
         t = torch.full_like(at, self.timesteps[end])
         sample = student.clean(x_t, self.timesteps[end], batch.cond)
         return Prediction(sample, torch.zeros_like(t), x_t, t, batch.cond, instances=batch.instances)
+
+
+def draw_rows(data: Rows, count: int, generator: torch.Generator) -> Tensor:
+    """Row numbers for a batch, int64 ``[count]``. With aspect-ratio buckets they are of one, which is drawn by its number of rows.
+
+    All passes and processes of an update have the same bucket.
+    """
+    if not (isinstance(data, SplitCache) and data.bucket_shapes):
+        return randint(0, len(data), (count,), generator)
+    alike = data.alike(int(randint(0, len(data), (), generator)))
+    return alike[randint(0, len(alike), (count,), generator)]
+
+
+def shape_of(data: Rows, rows: Tensor) -> tuple[int, int, int]:
+    """``(c, h, w)`` of the latents of rows that `draw_rows` has drawn."""
+    return data.shape_of(int(rows[0])) if isinstance(data, SplitCache) else data.latent_shape
 
 
 def sample_timesteps(config: SampleConfig, student: Denoiser) -> list[int]:

@@ -12,9 +12,8 @@ from hypersd_pipeline.data.rows import Manifest
 from hypersd_pipeline.io.registry import ModelRegistry
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.teacher import TeacherConfig
-from hypersd_pipeline.pipelines.nodes import HANDLES
+from hypersd_pipeline.pipelines.nodes import HANDLES, data_nodes
 from hypersd_pipeline.recipes.feedback import AnnotatedData
-from hypersd_pipeline.recipes.prepare import cache_latents, generate_dataset, validate_rows
 from hypersd_pipeline.recipes.stage import Outputs
 from hypersd_pipeline.retraining.config import RetrainConfig
 from hypersd_pipeline.retraining.run import Retraining, Watched, watch
@@ -62,13 +61,4 @@ def create_pipeline(**_: Any) -> Pipeline:
         inputs={"manifest": "manifest", "latents": "latents", "model_registry": "model_registry"},
         outputs={"decision": "retrain_decision", "report": "retrain_report"},
     )
-    return Pipeline([*_data_nodes(), *retrain.nodes])
-
-
-def _data_nodes() -> list[Node]:
-    """Those of the pipeline ``data_prep``, which prepare only rows that are new."""
-    return [
-        Node(generate_dataset, "params:data", "dataset", name="generate_dataset"),
-        Node(validate_rows, ["dataset", "params:data"], ["manifest", "rejected_rows"], name="validate_rows"),
-        Node(cache_latents, ["manifest", "params:data", "params:teacher"], "latents", name="cache_latents"),
-    ]
+    return Pipeline([*data_nodes(), *retrain.nodes])

@@ -123,7 +123,7 @@ class Context:
 
     Attributes:
         adapters: on the frozen network. student: what is trained. base: the network with its adapters off.
-        data: rows to train on. latent_shape: ``(c, h, w)``.
+        data: rows to train on. latent_shape: ``(c, h, w)``, with aspect-ratio buckets the one with the shortest side.
         batch: samples of a pass. passes: of gradient accumulation in an update. seed: of the stage.
         segments: k of the stage; 1 where the student is to reach the clean end from anywhere.
         decode: clean latents to images that are not clipped, where a term needs images.
