@@ -27,9 +27,8 @@ def disagreements(recorded: dict[str, Any], stages: dict[str, dict[str, Any]]) -
     return found
 
 
-def changed(root: Path, stage: str, path: str) -> bool:
+def changed(root: Path, path: str) -> bool:
     """Whether an output of a stage is another one than dvc.lock has recorded, as DVC sees it."""
     with Repo(str(root)) as repo:
-        (found,) = repo.stage.collect(stage)
-        (out,) = (out for out in found.outs if out.def_path == path)
+        (out,) = (out for out in repo.index.outs if Path(out.fs_path) == root / path)
         return out.status() != {}

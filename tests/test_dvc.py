@@ -276,4 +276,4 @@ def test_git_has_a_record_of_these_stages_and_its_table():
     recorded = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
     assert disagreements(recorded, STAGES) == [], "run `kedro repro`, and commit dvc.lock and the table"
     assert {path.removeprefix(f"{table}/") for path in tracked} >= {f"{model}_{n}.json" for model, steps in MODELS.items() for n in steps}
-    assert not changed(ROOT, "evaluation", table), "dvc.lock was made with other metrics than the table has"
+    assert not changed(ROOT, table), "dvc.lock was made with other metrics than the table has"
