@@ -223,6 +223,15 @@ def test_without_slurm_and_with_a_wrong_parameter_nothing_is_submitted(project, 
     assert not (project / "data/08_reporting/jobs").exists()
 
 
+def test_a_machine_that_joins_ends_well_with_a_signal(small_project):
+    command = [sys.executable, "-m", "kedro", "join"]
+    joined = subprocess.Popen(command, cwd=small_project, env=environment_of(), stderr=subprocess.PIPE, text=True)
+    assert joined.stderr is not None
+    assert any(line.startswith("Waiting for what") for line in joined.stderr)
+    joined.send_signal(signal.SIGTERM)
+    assert "This machine takes part no more." in joined.communicate(timeout=60)[1] and joined.returncode == 0
+
+
 def test_a_job_asks_for_what_its_stage_says():
     config = read_cluster(
         {
