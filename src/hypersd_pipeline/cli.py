@@ -223,8 +223,8 @@ def _join(env: str | None) -> None:
         loader = session._get_config_loader()  # type: ignore[attr-defined]
         assert isinstance(loader, ProjectConfigLoader)
         folder = root / loader.data_folder("06_models/checkpoints")
-    click.echo("Waiting for what `kedro run` computes on several machines. Ctrl-C ends this.", err=True)
     try:
+        click.echo("Waiting for what `kedro run` computes on several machines. Ctrl-C ends this.", err=True)
         join(folder)
     except KeyboardInterrupt:
         click.echo("This machine takes part no more.", err=True)

@@ -322,10 +322,11 @@ def test_both_grids_over_eta_and_one_step_once(reference: Path, teacher: Teacher
 def test_wiring_is_complete() -> None:
     pipeline = create_pipeline()
     models = ("k8", "k4", "k2", "k1", "unified", "unet")
-    stages = {f"{kind}_{model}" for kind in ("metrics", "samples") for model in models} | {"metrics_feedback"}
+    stages = {f"{kind}_{model}" for kind in ("metrics", "report", "samples") for model in models}
+    stages |= {"metrics_feedback", "report_feedback"}
     parameters = {f"params:{name}" for name in ("teacher", "evaluation", "compute")}
     assert pipeline.inputs() == {"manifest", "evaluation.checkpoints", *parameters, *stages}
-    assert pipeline.outputs() == {"teacher_grid", "results_table", "results_lines", "results", "results_grid"}
+    assert pipeline.outputs() == {"teacher_grid", "results_table", "results_lines", "results", "results_by_model", "results_grid"}
 
 
 def test_a_run_ends_with_three_numbers():
