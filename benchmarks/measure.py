@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import resource
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,24 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     call()
     _wait(device)
     return time.perf_counter() - began
+
+
+def each_alone(script: str, argv: Sequence[str], rows: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What ``script --alone NAME`` prints as JSON on its last line, for each of the rows: name -> title. Each has a process of its own.
+
+    Ends this process where one of them fails.
+    """
+    for name, title in rows.items():
+        print(title, file=sys.stderr)
+        done = subprocess.run([sys.executable, script, *argv, "--alone", name], stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"Error: {title} ended with exit code {done.returncode}; with too little memory use a smaller --batch.")
+        yield name, json.loads(done.stdout.splitlines()[-1])
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """As a stage computes: in bf16, or plainly where the dtype is another one."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def interleaved(tasks: Mapping[str, Task], rounds: int, warmup: int) -> dict[str, list[float]]:

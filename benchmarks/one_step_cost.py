@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Literal
 
 import torch
-from measure import PeakMemory, resident_unets, seconds
+from measure import PeakMemory, autocast, each_alone, resident_unets, seconds
 from presets import PRESETS, TARGETS, Models
 
 from hypersd_pipeline.data.trajectories import NoisePairs
@@ -89,21 +89,14 @@ def measure_alone(args: argparse.Namespace) -> dict[str, float]:
     context, stage, update = make_step(models, variant, config)
     x0, cond = context.data.latents, context.data.cond  # type: ignore[attr-defined]  # of `FixedRows`
 
-    def autocast() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-    def whole() -> None:
-        with autocast():
-            loss, _ = stage(generator)
-        loss.backward()
-        update()
-
+    precision = partial(autocast, device, dtype)
+    whole = whole_step(stage, generator, update, precision)
     whole()
     whole()  # the optimisers have their moments now
     peak = memory.mb()
     forwards, steps = [], []
     for _ in range(args.rounds):
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), precision():
             forwards.append(seconds(lambda: context.base.network(x0, torch.full((len(x0),), 500, device=device), cond), device))
         steps.append(seconds(whole, device))
     share = 0.4  # the encoder's. Nothing adversarial is measured here
@@ -114,6 +107,20 @@ def measure_alone(args: argparse.Namespace) -> dict[str, float]:
         "peak_memory_mb": peak,
         "resident_unets": resident_unets(context.adapters.backbone.module, []),
     }
+
+
+def whole_step(
+    stage: Stage, generator: torch.Generator, update: Callable[[], None], precision: Callable[[], AbstractContextManager[object]]
+) -> Callable[[], None]:
+    """An update from the loss to the weights."""
+
+    def step() -> None:
+        with precision():
+            loss, _ = stage(generator)
+        loss.backward()
+        update()
+
+    return step
 
 
 def make_step(models: Models, variant: Variant, config: StageConfig) -> tuple[Context, Stage, Callable[[], None]]:
@@ -162,14 +169,10 @@ def main() -> None:
         print(json.dumps(measure_alone(args)))
         return
     print("| update | ideal F | time, F | ms | peak MB | UNets |\n|-|-|-|-|-|-|")
-    for name, variant in VARIANTS.items():
-        done = subprocess.run([sys.executable, __file__, *argv, "--alone", name], stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"Error: {variant.title} ended with exit code {done.returncode}; with too little memory use a smaller --batch.")
-        row = json.loads(done.stdout.splitlines()[-1])
+    for name, row in each_alone(__file__, argv, {name: variant.title for name, variant in VARIANTS.items()}):
         columns = (row["ideal_forwards"], row["forwards"], row["milliseconds"], row["peak_memory_mb"], row["resident_unets"])
         print(
-            f"| {variant.title} | "
+            f"| {VARIANTS[name].title} | "
             + " | ".join(format(v, s) for v, s in zip(columns, (".1f", ".2f", ".0f", ".0f", ".2f"), strict=True))
             + " |"
         )

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from statistics import median
 from typing import Any
 
 import one_step_cost
 import torch
-from measure import PeakMemory, flops, seconds
+from measure import PeakMemory, autocast, each_alone, flops, seconds
 from presets import PRESETS, TARGETS, Models
 from variants import VARIANTS, Bench, make_step
 
@@ -30,6 +30,7 @@ from hypersd_pipeline.training.stage import build_stage
 from hypersd_pipeline.training.terms import AnchorConfig, Context, RewardTermConfig
 
 Step = Callable[[], None]
+Precision = Callable[[], AbstractContextManager[object]]
 
 ROWS = {
     "lcm": "LCM-LoRA",
@@ -63,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def feedback_step(models: Models, rank: int, autocast: Callable[[], AbstractContextManager[object]]) -> tuple[Any, Step]:
+def feedback_step(models: Models, rank: int, precision: Precision) -> tuple[Any, Step]:
     """The project's own feedback stage with a decoder and the packaged reward: the network, and an update."""
     backbone, vae = models.backbone(), models.vae()
     adapters = AdaptedBackbone(backbone, models.process, rank=rank, target_modules=TARGETS, names=("student",))
@@ -82,30 +83,21 @@ def feedback_step(models: Models, rank: int, autocast: Callable[[], AbstractCont
     weights, generator = adapters.parameters("student"), torch.Generator().manual_seed(models.seed)
     optimizer = make_optimizer(weights, config.loop)
 
-    def step() -> None:
-        with autocast():
-            loss, _ = stage(generator)
-        loss.backward()
+    def update() -> None:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return backbone, step
+    return backbone, one_step_cost.whole_step(stage, generator, update, precision)
 
 
-def dmd_step(models: Models, rank: int, autocast: Callable[[], AbstractContextManager[object]]) -> tuple[Any, Step]:
+def dmd_step(models: Models, rank: int, precision: Precision) -> tuple[Any, Step]:
     """The project's own one-step stage for the unified LoRA: the network, and an update."""
     variant = one_step_cost.VARIANTS["lora"]
     context, stage, update = one_step_cost.make_step(models, variant, variant.stage(models.batch, rank))
     generator = torch.Generator().manual_seed(models.seed)
 
-    def step() -> None:
-        with autocast():
-            loss, _ = stage(generator)
-        loss.backward()
-        update()
-
-    return context.adapters.backbone, step
+    return context.adapters.backbone, one_step_cost.whole_step(stage, generator, update, precision)
 
 
 def measure_alone(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,12 +105,8 @@ def measure_alone(args: argparse.Namespace) -> dict[str, Any]:
     device, preset, dtype = torch.device(args.device), PRESETS[args.preset], getattr(torch, args.dtype)
     memory = PeakMemory(device)
     models = Models(preset, batch=args.batch, resolution=args.resolution, dtype=dtype, device=device, seed=args.seed)
-
-    def autocast() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
     if args.alone in ("feedback", "dmd"):
-        backbone, step = {"feedback": feedback_step, "dmd": dmd_step}[args.alone](models, preset.rank, autocast)
+        backbone, step = {"feedback": feedback_step, "dmd": dmd_step}[args.alone](models, preset.rank, partial(autocast, device, dtype))
     else:
         variant = VARIANTS[{"lcm": "lcm", "tscd": "tscd_base", "hybrid": "tscd_base_adversarial"}[args.alone]]
         bench = Bench(models, preset.rank, gradient_checkpointing=False, alone=variant)
@@ -168,13 +156,7 @@ def main() -> None:
     if args.alone:
         print(json.dumps(measure_alone(args)))
         return
-    rows = {}
-    for name, title in ROWS.items():
-        print(title, file=sys.stderr)
-        done = subprocess.run([sys.executable, __file__, *argv, "--alone", name], stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"Error: {title} ended with exit code {done.returncode}; with too little memory use a smaller --batch.")
-        rows[name] = json.loads(done.stdout.splitlines()[-1])
+    rows = dict(each_alone(__file__, argv, ROWS))
     print(table(args, rows))
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -119,6 +120,15 @@ def log_of(project: Path) -> Path:
     return path
 
 
+def running(project: Path, slurm: dict[str, str], pause: int, **more: Any) -> tuple[subprocess.Popen[Any], dict[str, str]]:
+    """`kedro run` whose job has begun its node, with `pause` seconds for each step, and the environment that it has."""
+    environment = environment_of(**slurm, PAUSE=str(pause))
+    command = [sys.executable, "-m", "kedro", "run", "--namespaces", "tscd_k2"]
+    run = subprocess.Popen(command, cwd=project, env=environment, **more)
+    wait_for(lambda: any((project / "data/08_reporting/jobs").glob("*.log")) and "Running node" in log_of(project).read_text())
+    return run, environment
+
+
 # --- on a cluster ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -147,9 +157,7 @@ def test_a_job_that_loses_its_machine_starts_again_and_its_run_continues(project
     """A requeue is what Slurm does after a pre-emption or a dead machine. Both jobs record into one MLflow run."""
     from mlflow import MlflowClient
 
-    environment = environment_of(**slurm, PAUSE="3")
-    run = subprocess.Popen([sys.executable, "-m", "kedro", "run", "--namespaces", "tscd_k2"], cwd=project, env=environment)
-    wait_for(lambda: any((project / "data/08_reporting/jobs").glob("*.log")) and "Running node" in log_of(project).read_text())
+    run, environment = running(project, slurm, pause=3)
     job = told(slurm, "squeue", "-h", "-o", "%i").strip()
     subprocess.run(["scontrol", "requeue", job], env=environment, check=True)
     assert run.wait(120) == 0
@@ -163,9 +171,7 @@ def test_a_job_that_loses_its_machine_starts_again_and_its_run_continues(project
 @pytest.mark.slow
 def test_a_job_at_its_time_limit_continues_in_the_next(project, kedro, slurm):
     """Slurm warns the script, which ends the run and gives the job back. Limits are whole minutes, so the warning is sent by hand."""
-    environment = environment_of(**slurm, PAUSE="3")
-    run = subprocess.Popen([sys.executable, "-m", "kedro", "run", "--namespaces", "tscd_k2"], cwd=project, env=environment)
-    wait_for(lambda: any((project / "data/08_reporting/jobs").glob("*.log")) and "Running node" in log_of(project).read_text())
+    run, environment = running(project, slurm, pause=3)
     job = told(slurm, "squeue", "-h", "-o", "%i").strip()
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=environment, check=True)
     assert run.wait(120) == 0
@@ -174,12 +180,22 @@ def test_a_job_at_its_time_limit_continues_in_the_next(project, kedro, slurm):
 
 @needs_slurm
 @pytest.mark.slow
+def test_other_machines_of_a_job_end_quietly_with_its_run(project, kedro, slurm):
+    parameters = project / "conf/base/parameters.yml"
+    parameters.write_text(parameters.read_text().replace("segments: 2", "segments: '${compute.nodes}'") + "compute: {nodes: 2}\n")
+    done = kedro(project, "run", "--namespaces", "tscd_k2", PAUSE="3", **slurm)
+    assert done.returncode == 0, done.stderr + done.stdout
+    log = log_of(project).read_text()
+    assert "Completed node" in log and "Aborted" not in log and "error" not in log.lower(), log
+    assert "This machine takes part no more." in log
+    job = told(slurm, "scontrol", "show", "job", "-o").splitlines()[-1]
+    assert "NumNodes=2" in job and "JobState=COMPLETED" in job
+
+
+@needs_slurm
+@pytest.mark.slow
 def test_an_interrupt_ends_the_job(project, kedro, slurm):
-    environment = environment_of(**slurm, PAUSE="30")
-    run = subprocess.Popen(
-        [sys.executable, "-m", "kedro", "run", "--namespaces", "tscd_k2"], cwd=project, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: any((project / "data/08_reporting/jobs").glob("*.log")) and "Running node" in log_of(project).read_text())
+    run, _ = running(project, slurm, pause=30, stderr=subprocess.PIPE, text=True)
     run.send_signal(signal.SIGTERM)
     assert "Ending job" in run.communicate(timeout=90)[1] and run.returncode != 0
     wait_for(lambda: not told(slurm, "squeue", "-h"))
@@ -205,6 +221,15 @@ def test_without_slurm_and_with_a_wrong_parameter_nothing_is_submitted(project, 
     wrong = kedro(project, "run", "--params", "tscd_k2.stage.stepz=3", PATH="/nowhere")
     assert wrong.returncode == 1 and "stepz" in wrong.stderr and "sbatch" not in wrong.stderr
     assert not (project / "data/08_reporting/jobs").exists()
+
+
+def test_a_machine_that_joins_ends_well_with_a_signal(small_project):
+    command = [sys.executable, "-m", "kedro", "join"]
+    joined = subprocess.Popen(command, cwd=small_project, env=environment_of(), stderr=subprocess.PIPE, text=True)
+    assert joined.stderr is not None
+    assert any(line.startswith("Waiting for what") for line in joined.stderr)
+    joined.send_signal(signal.SIGTERM)
+    assert "This machine takes part no more." in joined.communicate(timeout=60)[1] and joined.returncode == 0
 
 
 def test_a_job_asks_for_what_its_stage_says():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from kedro.framework.project import pipelines
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 from kedro.pipeline import Pipeline
+from recorded import changed, disagreements, paths
+
+from hypersd_pipeline.evaluation.results import MODELS
 
 ROOT = Path(__file__).parents[1]
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -24,11 +28,6 @@ PARAMETERS: dict[str, Path] = {
 }
 """Section of the parameters -> the file that it stands in."""
 WIRING = "hypersd_pipeline.pipelines"
-
-
-def paths(entries: list[Any]) -> set[str]:
-    """Paths of outs, deps, metrics or plots, which may be plain or carry options."""
-    return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
 
 
 def options_of(command: str) -> dict[str, Any]:
@@ -71,8 +70,9 @@ def files(datasets: dict[str, Any]) -> dict[str, str]:
 def test_a_stage_declares_what_its_nodes_read_and_write(stage, files):
     content, nodes = STAGES[stage], nodes_of(STAGES[stage]["cmd"])
     written = {files[name] for name in nodes.all_outputs() if name in files or name in nodes.outputs()}  # but what only passes between them
+    written |= {files[name] for name in nodes.inputs() if name.endswith(".metric_stream")}  # a stage's curve grows while it trains
     assert paths(content["outs"] + content.get("metrics", []) + content.get("plots", [])) == written
-    # A stage's curve and checkpoints are handles on files that outlive it.
+    # checkpoints are a handle on files that outlive the stage
     read = {files[name] for name in nodes.inputs() if name in files and not name.endswith((".metric_stream", ".checkpoints"))}
     declared = {path for path in paths(content["deps"]) if path.startswith("data/")}
     assert read <= declared
@@ -228,3 +228,52 @@ def test_the_code_of_a_stage_is_followed(stage, depends, does_not, datasets):
 def test_every_code_dependency_exists():
     code = {path for content in STAGES.values() for path in paths(content["deps"]) if path.startswith("src/")}
     assert [path for path in code if not (ROOT / path).exists()] == []
+
+
+# --- the record of the default's results -------------------------------------------------------------------------------------------------
+
+
+def record_of(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What DVC would write into dvc.lock, without the hashes."""
+    return {
+        name: {
+            "cmd": stage["cmd"],
+            "deps": [{"path": path} for path in paths(stage["deps"])],
+            "params": {file: dict.fromkeys(keys) for entry in stage["params"] for file, keys in entry.items()},
+            "outs": [{"path": path} for kind in ("outs", "metrics", "plots") for path in paths(stage.get(kind, []))],
+        }
+        for name, stage in stages.items()
+    }
+
+
+def test_what_a_record_lacks_is_named():
+    record = record_of(STAGES)
+    assert disagreements(record, STAGES) == []
+    record["tscd_k8"]["deps"].remove({"path": "src/hypersd_pipeline/draws.py"})
+    record["tscd_k4"]["outs"].append({"path": "data/08_reporting/old.json"})
+    record["tscd_k2"]["params"]["conf/base/parameters_tscd.yml"].pop("tscd")
+    record["evaluation"]["cmd"] = "true"
+    record["older"] = record.pop("dmd")
+    assert sorted(disagreements(record, STAGES)) == [
+        "evaluation: cmd",
+        "stage dmd",
+        "stage older",
+        "tscd_k2: params: conf/base/parameters_tscd.yml: tscd",
+        "tscd_k4: outs: data/08_reporting/old.json",
+        "tscd_k8: deps: src/hypersd_pipeline/draws.py",
+    ]
+
+
+def test_git_has_a_record_of_these_stages_and_its_table():
+    """A lock that belongs to other stages, or to another table of metrics, was forgotten in a commit: see CONTRIBUTING.md."""
+    table = "data/08_reporting/table"
+    ignored = subprocess.run(["git", "check-ignore", "dvc.lock", f"{table}/k8_8.json"], cwd=ROOT, capture_output=True, text=True)
+    assert ignored.returncode == 1 and not ignored.stdout
+    tracked = subprocess.run(["git", "ls-files", "dvc.lock", table], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert ("dvc.lock" in tracked) == any(path.startswith(table) for path in tracked), "commit dvc.lock and the table together"
+    if "dvc.lock" not in tracked:
+        return  # not recorded yet
+    recorded = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    assert disagreements(recorded, STAGES) == [], "run `kedro repro`, and commit dvc.lock and the table"
+    assert {path.removeprefix(f"{table}/") for path in tracked} >= {f"{model}_{n}.json" for model, steps in MODELS.items() for n in steps}
+    assert not changed(ROOT, table), "dvc.lock was made with other metrics than the table has"

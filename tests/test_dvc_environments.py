@@ -6,23 +6,26 @@ import shutil
 import stat
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from kedro.io import AbstractDataset
 from mlflow import MlflowClient
 from servers import environment_of
 
-from hypersd_pipeline import dvc_stages
+from hypersd_pipeline import dvc_stages, settings
 from hypersd_pipeline.config_loader import ProjectConfigLoader
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.evaluation.results import MODELS, short_table
 
 ROOT = Path(__file__).parents[1]
 
 
 def loader_of(root: Path, env: str) -> ProjectConfigLoader:
-    return ProjectConfigLoader(str(root / "conf"), env=env, base_env="base", default_run_env="local")
+    return ProjectConfigLoader(str(root / "conf"), env=env, **settings.CONFIG_LOADER_ARGS)
 
 
 @pytest.fixture
@@ -86,6 +89,13 @@ def test_base_keeps_the_file_of_the_project(root):
         dvc_stages.write_stages(root, loader_of(root, "mine"))
 
 
+def in_dvc(root: Path) -> None:
+    from dvc.repo import Repo
+
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    Repo.init(str(root), no_scm=False).close()
+
+
 @pytest.mark.parametrize(
     "env", sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name not in ("base", "local"))
 )
@@ -93,14 +103,33 @@ def test_dvc_reads_the_stages_of_every_environment(root, env):
     """DVC's own parser, and its check that no two stages make the same file."""
     from dvc.repo import Repo
 
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run([*git, "init", "-q"], cwd=root, check=True)
-    Repo.init(str(root), no_scm=False).close()
+    in_dvc(root)
     dvc_stages.write_stages(root, loader_of(root, env))
     with Repo(str(root)) as repo:
         found = [stage for stage in repo.index.stages if stage.path_in_repo == f"conf/{env}/dvc.yaml"]
         assert len(found) == len(yaml.safe_load((root / "dvc.yaml").read_text())["stages"])
         assert {Path(str(out)).parts[:2] for stage in found for out in stage.outs} == {("data", env)}
+
+
+@pytest.mark.parametrize("env", ["base", "mine"])
+def test_metrics_are_a_line_a_model_that_fits_a_terminal(root, env):
+    """The table of the default's models and numbers of steps, with digits as they come, shown by DVC itself."""
+    in_dvc(root)
+    dvc_stages.write_stages(root, loader_of(root, env))
+    rows = [("teacher", 25), ("teacher", 4), *((model, n) for model, steps in MODELS.items() for n in steps)]
+    scores = {"fd_x_real": 12345.678901, "fd_x_recon": 9876.543219, "fd_x_crop_recon": 1.0}
+    scores |= {"clip_score": 29.12345678, "image_quality": -2.123456789, "diversity": 0.1234567, "teacher_distance": 1.0}
+    picked = {f"{model}_{n}_steps": {name: value + n for name, value in scores.items()} for model, n in rows}
+    loader = loader_of(root, env)
+    with chdir(root):
+        entry = loader["catalog"]["results_by_model"]
+        AbstractDataset.from_config("results_by_model", entry).save(short_table(picked, dict.fromkeys(MODELS, 1234.5678)))
+    show = [sys.executable, "-m", "dvc", "metrics", "show", *([] if env == "base" else [f"data/{env}/08_reporting/table"])]
+    head, *lines = subprocess.run(show, cwd=root, capture_output=True, text=True, check=True).stdout.rstrip().splitlines()
+    assert head.split() == ["Path", "clip", "diversity", "fd", "quality", "ratio", "seconds"]
+    assert len(lines) == len(rows) and max(map(len, [head, *lines])) <= 100 + len({"base": "", "mine": "mine/"}[env])
+    (line,) = (line.split() for line in lines if "unified_8.json" in line)
+    assert line[1:] == ["37.12", "8.123", "9885.0", "5.877", "0.9983", "1235.0"]
 
 
 # --- one run in MLflow -------------------------------------------------------------------------------------------------------------------

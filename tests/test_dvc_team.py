@@ -26,8 +26,8 @@ def stage(name: str, before: list[str]) -> dict[str, Any]:
         "cmd": f"bin/kedro run --env base --pipelines full_distill --namespaces tscd_{name}",
         "deps": ["src/small", "raw/rows.json", *before],
         "params": [{"conf/base/parameters.yml": [f"tscd_{name}"]}],
-        "metrics": [f"data/out/metrics_{name}.json"],
-        "plots": [{f"data/out/tscd_{name}.csv": {"x": "step", "y": "train/loss"}}],
+        "outs": [{f"data/out/tscd_{name}.csv": {"persist": True}}],
+        "metrics": [{f"data/out/metrics_{name}.json": {"cache": False}}],
     }
 
 
@@ -61,8 +61,11 @@ def project(small_project: Path, run: Run) -> Path:
     (small_project / "raw").mkdir()
     (small_project / "data/metrics_data.json").rename(small_project / "raw/rows.json")
     stages = {"stages": {"k2": stage("k2", []), "k1": stage("k1", ["data/out/metrics_k2.json"])}}
-    (small_project / "dvc.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
-    (small_project / ".gitignore").write_text("*.db\n*.lock\n!dvc.lock\n__pycache__\n/data\nmlartifacts\n")
+    curves = {f"data/out/tscd_{name}.csv": "train/loss" for name in ("k2", "k1")}
+    content = stages | {"plots": [{"training loss": {"x": "step", "y": curves}}]}
+    (small_project / "dvc.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    ours = (ROOT / ".gitignore").read_text().replace("08_reporting/table/*", "out/metrics_*")
+    (small_project / ".gitignore").write_text(f"{ours}*.db\n")
     run(small_project, "git", "init", "-q")
     run(small_project, "dvc", "init", "-q")
     run(small_project, "dvc", "remote", "add", "-q", "-d", "store", "s3://models/hypersd")
@@ -89,6 +92,9 @@ def test_a_colleague_gets_results_of_any_environment_from_the_remote(project, ru
         assert (clone / "data/mine/out" / name).read_bytes() == (project / "data/mine/out" / name).read_bytes()
     assert "up to date" in run(clone, "kedro", "repro", "--env", "mine")
     assert "Running" not in run(clone, "kedro", "repro", "--env", "mine", "k1")
+    page = Path(run(clone, "dvc", "plots", "show").strip().removeprefix("file://"))
+    assert "tscd_k1.csv" in page.read_text() and "tscd_k2.csv" in page.read_text()
+    assert (clone / "data/mine/out/metrics_k1.json").is_file() and "20.0" in run(clone, "dvc", "metrics", "show")
 
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("hypersd").experiment_id])
@@ -98,11 +104,14 @@ def test_a_colleague_gets_results_of_any_environment_from_the_remote(project, ru
 
 
 @pytest.mark.slow
-def test_queued_experiments_are_run_and_compared(project, run):
+def test_queued_experiments_are_run_and_compared(project, run, tmp_path_factory):
     """``dvc exp run --queue``, ``dvc exp show``, ``dvc metrics diff`` and ``dvc plots diff``, as docs/mlflow_dvc.md shows them."""
     run(project, "dvc", "repro", "-q")
     run(project, "git", "add", "-A")
     run(project, "git", "commit", "-qm", "results")
+    clone = tmp_path_factory.mktemp("clone") / "clone"
+    run(project, "git", "clone", "-q", str(project), str(clone))
+    assert run(clone, "dvc", "metrics", "show") == run(project, "dvc", "metrics", "show")  # nothing was pulled: git has them
     change = "conf/base/parameters.yml:tscd_k1.stage.segments=4"
     run(project, "dvc", "exp", "run", "--queue", "--name", "four", "--set-param", change)
     assert "four" in run(project, "dvc", "queue", "status")

@@ -16,6 +16,7 @@ import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline, TCDScheduler
 from mlflow import MlflowClient
 from PIL import Image
+from recorded import changed, disagreements
 from servers import environment_of
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +220,10 @@ def test_dvc_repeats_nothing_after_a_full_run_then_only_what_a_parameter_changes
     shutil.copytree(smoke / "data/smoke", smoke / "data", dirs_exist_ok=True)
     run("kedro", "run", "--pipeline", "full_distill")  # trained stages continue from their last checkpoint, which the copy has
     assert "up to date" in run("dvc", "repro").stdout
+    recorded, stages = (yaml.safe_load((smoke / name).read_text())["stages"] for name in ("dvc.lock", "dvc.yaml"))
+    assert disagreements(recorded, stages) == [] and not changed(smoke, "data/08_reporting/table")
+    head, *lines = run("dvc", "metrics", "show").stdout.rstrip().splitlines()
+    assert len(lines) == 12 and max(map(len, [head, *lines])) <= 100  # the teacher twice, five models once, two of them at more steps
 
     file = smoke / "conf/base/parameters_tscd.yml"
     parameters = yaml.safe_load(file.read_text())

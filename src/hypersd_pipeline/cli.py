@@ -208,7 +208,10 @@ def _clean(env: str | None, delete: bool) -> None:
 
 
 def _join(env: str | None) -> None:
-    """Compute with this machine what `kedro run` on another machine computes with compute.nodes above 1. Ends with Ctrl-C or SIGTERM."""
+    """Compute with this machine what `kedro run` on another machine computes with compute.nodes above 1.
+
+    Ends well with Ctrl-C or SIGTERM. That is how a scheduler ends it when the run is over.
+    """
     from kedro.framework.session import KedroSession
     from kedro.utils import find_kedro_project
 
@@ -220,7 +223,11 @@ def _join(env: str | None) -> None:
         loader = session._get_config_loader()  # type: ignore[attr-defined]
         assert isinstance(loader, ProjectConfigLoader)
         folder = root / loader.data_folder("06_models/checkpoints")
-    join(folder)
+    try:
+        click.echo("Waiting for what `kedro run` computes on several machines. Ctrl-C ends this.", err=True)
+        join(folder)
+    except KeyboardInterrupt:
+        click.echo("This machine takes part no more.", err=True)
 
 
 def _compare(runs: tuple[str, ...], model: str | None, env: str | None) -> None:

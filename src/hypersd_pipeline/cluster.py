@@ -29,7 +29,8 @@ _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 IN_JOB = "HYPERSD_JOB"
 """Set inside a job, which must not submit itself again."""
 
-# The run is a job step, so that Slurm's signals reach it and not this shell. Other machines join it.
+# The run is a job step, so that Slurm's signals reach it and not this shell. Other machines join it, and are told when it is over: Slurm
+# would end them with words of an error. The call that tells them asks Slurm once more, and then complains that they are gone.
 # Before its time is over Slurm sends USR1 to the shell: the run saves a checkpoint and the job continues as a new one of the same number.
 _SCRIPT = """\
 #!/bin/bash
@@ -40,7 +41,8 @@ step="--nodes=1 --ntasks=1 --cpus-per-task=$SLURM_CPUS_PER_TASK"
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     export HYPERSD_RENDEZVOUS=$(hostname):$((20000 + SLURM_JOB_ID % 20000))
     others=$((SLURM_JOB_NUM_NODES - 1))
-    srun --relative=1 --nodes=$others --ntasks=$others --ntasks-per-node=1 --cpus-per-task=$SLURM_CPUS_PER_TASK {join} &
+    srun --job-name=join --relative=1 --nodes=$others --ntasks=$others --ntasks-per-node=1 --cpus-per-task=$SLURM_CPUS_PER_TASK {join} &
+    others=$!
 fi
 srun --relative=0 $step {command} &
 run=$!
@@ -54,6 +56,10 @@ trap again USR1
 wait $run
 code=$?
 trap '' USR1
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    squeue --steps --jobs="$SLURM_JOB_ID" --noheader --format="%i %j" | sed -n 's/ join$//p' | xargs -r scancel --signal=INT 2>/dev/null
+    wait $others
+fi
 exit $code
 """
 

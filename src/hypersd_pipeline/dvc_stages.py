@@ -46,6 +46,8 @@ def stages_of(root: Path, loader: ProjectConfigLoader) -> dict[str, Any]:
         for kind in ("deps", "outs", "metrics", "plots"):
             if kind in stage:
                 stage[kind] = [_moved(entry, loader.data_folder()) for entry in stage[kind]]
+        if "metrics" in stage:  # git keeps those of base. An environment's data folder is none of git's, so DVC does
+            stage["metrics"] = [path for entry in stage["metrics"] for path in ([entry] if isinstance(entry, str) else entry)]
     # top-level plots are relative to the file, stages to their wdir
     content["plots"] = _moved(content.get("plots", []), f"{_ROOT}/{loader.data_folder()}")
     return content

@@ -577,10 +577,10 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _provenance(root: Path, env: str | None) -> dict[str, str]:
-    """Tags that tell where a run comes from: commit, uncommitted changes (dvc.lock aside), environment, versions, hardware."""
+    """Tags that tell where a run comes from: commit, uncommitted changes (results aside), environment, versions, hardware."""
     import torch
 
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock", ":!data")
     return {
         "git_commit": _git(root, "rev-parse", "HEAD") or "none",
         "git_dirty": "unknown" if changes is None else str(bool(changes)).lower(),

@@ -200,9 +200,20 @@ def test_teacher_and_stages_reach_the_table_and_the_grid(work: Path, reference: 
         assert low <= value <= high
     assert "unseen_clip_score/4_steps" in metrics and "unseen_clip_score/2_steps" not in metrics
 
-    table, frame, headline, main_grid = summarise_models(
-        reference, teacher_metrics, teacher_samples, CONFIG, metrics_k4=metrics, samples_k4=stage_samples
+    report = {"train_seconds": 12.3456}
+    table, frame, headline, short, main_grid = summarise_models(
+        reference, teacher_metrics, teacher_samples, CONFIG, metrics_k4=metrics, samples_k4=stage_samples, report_k4=report
     )
+    distance, best = metrics["fd_efficientnet_lite0_recon/4_steps"], teacher_metrics["fd_efficientnet_lite0_recon/3_steps"]
+    assert short["k4_4"] == {
+        "fd": pytest.approx(distance, rel=1e-3),
+        "ratio": pytest.approx(distance / best, rel=1e-3),
+        "clip": pytest.approx(metrics["clip_score/4_steps"], rel=1e-3),
+        "quality": pytest.approx(metrics["image_quality/4_steps"], rel=1e-3),
+        "diversity": pytest.approx(metrics["diversity/4_steps"], rel=1e-3),
+        "seconds": 12.35,
+    }
+    assert short["teacher_3"]["ratio"] == 1 and "seconds" not in short["teacher_3"] and set(short) == {"teacher_3", "k4_4"}
     head, crops = table.split("### Details")[0], table.split("### Details")[1].split("## ")[0]
     assert "distance to the teacher's samples|" in head and "|diversity|" in head and "on crops" not in head
     assert "on crops to real" in crops and "|k4|4|" in crops
@@ -311,10 +322,11 @@ def test_both_grids_over_eta_and_one_step_once(reference: Path, teacher: Teacher
 def test_wiring_is_complete() -> None:
     pipeline = create_pipeline()
     models = ("k8", "k4", "k2", "k1", "unified", "unet")
-    stages = {f"{kind}_{model}" for kind in ("metrics", "samples") for model in models} | {"metrics_feedback"}
+    stages = {f"{kind}_{model}" for kind in ("metrics", "report", "samples") for model in models}
+    stages |= {"metrics_feedback", "report_feedback"}
     parameters = {f"params:{name}" for name in ("teacher", "evaluation", "compute")}
     assert pipeline.inputs() == {"manifest", "evaluation.checkpoints", *parameters, *stages}
-    assert pipeline.outputs() == {"teacher_grid", "results_table", "results_lines", "results", "results_grid"}
+    assert pipeline.outputs() == {"teacher_grid", "results_table", "results_lines", "results", "results_by_model", "results_grid"}
 
 
 def test_a_run_ends_with_three_numbers():

@@ -28,6 +28,16 @@ _TITLES = {
     "diversity": "diversity",
     "teacher_distance": "distance to the teacher's samples",
 }
+_COLUMNS = {
+    "clip_score": "clip",
+    "image_quality": "quality",
+    "laion_aesthetic": "laion",
+    "image_reward": "reward",
+    "pick_score": "pick",
+    "hps_v2": "hps",
+    "diversity": "diversity",
+}
+"""Metrics of the narrow table, and their columns."""
 _SHORT = ("diversity", "teacher_distance")
 """Metrics that the table shows without their interval, so that it does not get too wide."""
 
@@ -61,6 +71,33 @@ def headline(frame: pd.DataFrame, rows: Iterable[tuple[str, int]]) -> dict[str, 
         if len(part):
             picked[f"{model}_{steps}_steps"] = dict(zip(part.metric, part.value.astype(float), strict=True))
     return picked
+
+
+def short_table(picked: Mapping[str, Mapping[str, float]], seconds: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """A line for each model and number of steps, narrow enough for a terminal: ``{"unified_4": {"fd": 1049.0, ...}}``.
+
+    Args:
+        picked: see `headline`. The first row is the teacher at most steps, which ``ratio`` compares the distances with.
+        seconds: how long each model was trained.
+
+    Returns:
+        ``fd`` (distance to reconstructions, lower is better), ``ratio``, the mean scores (higher is better), ``diversity`` and ``seconds``,
+        with four digits. What was not measured is left out.
+    """
+    table: dict[str, dict[str, float]] = {}
+    teacher: float | None = None
+    for row, values in picked.items():
+        name = row.removesuffix("_steps")
+        distance = next((value for metric, value in values.items() if metric.endswith("_recon") and "_crop_" not in metric), None)
+        line = {} if distance is None else {"fd": distance}
+        teacher = teacher or distance
+        if distance is not None and teacher:
+            line["ratio"] = distance / teacher
+        line |= {column: values[metric] for metric, column in _COLUMNS.items() if metric in values}
+        model = name.rpartition("_")[0]
+        line |= {"seconds": seconds[model]} if model in seconds else {}
+        table[name] = {column: float(f"{value:.4g}") for column, value in line.items()}
+    return table
 
 
 def lower_is_better(metric: str) -> bool:
@@ -150,15 +187,15 @@ def title(metric: str) -> str:
 
 def summarise_models(
     reference: Path, teacher_metrics: Mapping[str, float], teacher_samples: Path, evaluation: EvaluationConfig, **stages: Any
-) -> tuple[str, pd.DataFrame, dict[str, dict[str, float]], Image.Image]:
+) -> tuple[str, pd.DataFrame, dict[str, dict[str, float]], dict[str, dict[str, float]], Image.Image]:
     """One table of all models and numbers of steps, and the main grid.
 
     Args:
-        stages: ``metrics_<model>`` and, but for feedback, ``samples_<model>`` of the models in `MODELS`.
+        stages: ``metrics_<model>``, ``report_<model>`` and, but for feedback, ``samples_<model>`` of the models in `MODELS`.
 
     Returns:
-        The table as markdown, as data frame (a line per metric), the headline metrics by row, and the grid: teacher at most and at 4 steps,
-        then each model at its own.
+        The table as markdown, as data frame (a line per metric), the headline metrics by row, the narrow table (see `short_table`), and the
+        grid: teacher at most and at 4 steps, then each model at its own.
     """
     names = [name for name in MODELS if f"metrics_{name}" in stages]
     frame = long_table({"teacher": teacher_metrics, **{name: stages[f"metrics_{name}"] for name in names}})
@@ -168,4 +205,6 @@ def summarise_models(
     columns += [(f"{name}, {steps_label(n)}", read_samples(stages[f"samples_{name}"], n)) for name, n in own if f"samples_{name}" in stages]
     prompts = read_reference(reference)["test"].prompts[: evaluation.grid_prompts]
     picked = headline(frame, [("teacher", most), ("teacher", 4), *own])
-    return markdown(frame, evaluation), frame, picked, labelled_grid([c for c in columns if c[1]], prompts)
+    seconds = {name: stages[f"report_{name}"]["train_seconds"] for name in names if "train_seconds" in stages.get(f"report_{name}", {})}
+    grid = labelled_grid([c for c in columns if c[1]], prompts)
+    return markdown(frame, evaluation), frame, picked, short_table(picked, seconds), grid

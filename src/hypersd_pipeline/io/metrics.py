@@ -105,12 +105,17 @@ class MetricStream:
 
 
 class MetricStreamDataset(AbstractDataset[None, MetricStream]):
-    """Loads as a `MetricStream`: a node takes it as an input, so that node code neither imports MLflow nor opens files."""
+    """Loads as a `MetricStream`: a node takes it as an input, so that node code neither imports MLflow nor opens files.
+
+    The file is there from then on. DVC wants it as an output also of a stage that was finished before, and so writes nothing.
+    """
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._filepath, self.metadata = Path(filepath), metadata
 
     def load(self) -> MetricStream:
+        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        self._filepath.touch()
         return MetricStream(self._filepath)
 
     def save(self, data: None) -> None:

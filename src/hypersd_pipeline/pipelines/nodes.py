@@ -22,7 +22,7 @@ from hypersd_pipeline.recipes.one_step import make_pairs, train_unified
 from hypersd_pipeline.recipes.prepare import cache_latents, generate_dataset, validate_rows
 from hypersd_pipeline.recipes.stage import Outputs
 from hypersd_pipeline.training.checkpoints import CheckpointStore
-from hypersd_pipeline.training.config import OneStepConfig, StageConfig
+from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, StageConfig
 from hypersd_pipeline.training.distributed import ComputeConfig
 from hypersd_pipeline.training.loop import MetricSink
 from hypersd_pipeline.training.processes import Place
@@ -69,6 +69,28 @@ def cache_node(
 ) -> Callable[[Path], None]:
     """See `recipes.prepare.cache_latents`."""
     return cache_latents(manifest, data, teacher, Place(checkpoints.path, compute))
+
+
+STAGES = ("tscd_k8", "tscd_k4", "tscd_k2", "tscd_k1", "feedback", "dmd", "one_step_unet")
+"""The stages of the main job, in order."""
+
+
+def all_stages(
+    tscd_k8: StageConfig,
+    tscd_k4: StageConfig,
+    tscd_k2: StageConfig,
+    tscd_k1: StageConfig,
+    feedback: FeedbackConfig,
+    dmd: OneStepConfig,
+    one_step_unet: OneStepConfig,
+) -> dict[str, StageConfig]:
+    """The stages of an environment by name, each of the class that it is validated as."""
+    return dict(zip(STAGES, (tscd_k8, tscd_k4, tscd_k2, tscd_k1, feedback, dmd, one_step_unet), strict=True))
+
+
+def stages_node() -> Node:
+    """What looks at all stages before any of them runs reads ``stages``."""
+    return Node(all_stages, {stage: f"params:{stage}.stage" for stage in STAGES}, "stages", name="stages")
 
 
 def reference_node() -> Node:

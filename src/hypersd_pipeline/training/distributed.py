@@ -91,13 +91,13 @@ class ComputeConfig(Strict):
         return self.processes
 
 
-def start(module: str, folder: Path, compute: ComputeConfig) -> bool:
+def start(module: str, folder: Path, compute: ComputeConfig) -> bool | None:
     """Run ``python -m module folder`` in every process of this machine with torchrun's agent, and wait for them.
 
     A group in which a process dies is started again, ``max_restarts`` times at most. SIGTERM and SIGINT are passed on.
 
     Returns:
-        Whether all processes ended well. False too where a signal ended them.
+        Whether all processes ended well. None where a signal ended them.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -120,7 +120,9 @@ def start(module: str, folder: Path, compute: ComputeConfig) -> bool:
     with _handlers_restored():
         try:
             elastic_launch(config, sys.executable)("-m", module, str(folder))
-        except (ChildFailedError, SignalException):
+        except SignalException:
+            return None
+        except ChildFailedError:
             return False
     return True
 

@@ -1,4 +1,12 @@
-"""The training loop: one place for every stage."""
+"""The training loop: one place for every stage.
+
+A step with a non-finite loss or gradient is skipped, counted and logged. With a fused optimiser (on a GPU) the device decides that by
+itself, and the counts are read where values are logged or saved. After ``max_bad_steps`` of them in a row training goes back to its last
+good checkpoint with half the learning rates, the companions' too, and other random draws, ``max_rollbacks`` times at most.
+
+Where processes train together (`training.distributed`), each calls `train` with the same arguments. They make the same updates from the
+mean of their gradients, and the first one writes and logs. A request to stop that reaches any of them ends all of them.
+"""
 
 from __future__ import annotations
 
@@ -275,13 +283,6 @@ def train(
     Where there is none, a training whose identity differs only in what may change is continued (see `training.resume`). Otherwise the
     stage starts anew and says what is different.
 
-    A step with a non-finite loss or gradient is skipped, counted and logged. With a fused optimiser (on a GPU) the device decides that by
-    itself, and the counts are read where values are logged or saved. After ``max_bad_steps`` of them in a row training goes back
-    to its last good checkpoint with half the learning rates, the companions' too, and other random draws, ``max_rollbacks`` times at most.
-
-    Where processes train together (`training.distributed`), each calls this with the same arguments. They make the same updates from the
-    mean of their gradients, and the first one writes and logs. A request to stop that reaches any of them ends all of them.
-
     Args:
         name: shown in the progress bar.
         parameters: what the optimiser trains.
@@ -318,34 +319,51 @@ def train(
         meter = _Meter(name, step, config, metrics, watch, accelerator.device)
         while not finished(step) and step < config.steps:
             rate = run.set_learning_rate(step)
-            scalars: Mapping[str, Tensor] = {}
             will_log(meter.is_due(step + 1))
-            for _ in distributed.passes(run.generator, config.accumulate):
-                with accelerator.autocast():
-                    loss, scalars = loss_fn(run.generator)
-                accelerator.backward(loss / config.accumulate)
+            loss, scalars = _backward(loss_fn, run.generator, accelerator, config.accumulate)
             grad_norm, applied = run.apply()
             if applied:
                 after_update()
-            step += 1
-            if meter.is_due(step) or step % config.checkpoint_every == 0:
-                run.read()
-            meter.update(step, {"loss": loss.detach(), "grad_norm": grad_norm, **scalars}, rate, run.skipped)
-            if run.bad >= config.max_bad_steps:
-                step = run.roll_back(rate)
-                meter.rewind(step)
-            due = step % config.checkpoint_every == 0 and run.bad == 0  # what is saved on schedule is good: there it goes back to
-            stop = distributed.anywhere(stop_asked())
-            if due or stop:
-                run.save(step, meter.summary())
-            if stop:
-                distributed.wait()
-                raise TrainingStopped(f"{name}: interrupted after step {step}; run the same command to continue.")
+            step = _count(run, meter, step + 1, {"loss": loss, "grad_norm": grad_norm, **scalars}, rate)
+            _keep(run, meter, step, stop_asked())
         if run.saved != step or meter.done > meter.start:  # once more after `finished` has had its last word
             run.save(step, meter.summary() if meter.done > meter.start else run.report)
         meter.bar.close()
         distributed.wait()
     return run.report
+
+
+def _backward(
+    loss_fn: Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]], generator: Draws, accelerator: Accelerator, accumulate: int
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The passes of one update, whose gradients add up in the parameters. The last pass's loss, detached, and its scalars."""
+    for _ in distributed.passes(generator, accumulate):
+        with accelerator.autocast():
+            loss, scalars = loss_fn(generator)
+        accelerator.backward(loss / accumulate)
+    return loss.detach(), scalars
+
+
+def _count(run: _Run, meter: _Meter, step: int, scalars: Mapping[str, Tensor], rate: float) -> int:
+    """Count and log an update. The step to go on from, which is an earlier one after too many bad steps in a row."""
+    if meter.is_due(step) or step % run.config.checkpoint_every == 0:
+        run.read()
+    meter.update(step, scalars, rate, run.skipped)
+    if run.bad >= run.config.max_bad_steps:
+        step = run.roll_back(rate)
+        meter.rewind(step)
+    return step
+
+
+def _keep(run: _Run, meter: _Meter, step: int, asked: bool) -> None:
+    """Save a checkpoint where one is due, and where any process was asked to stop. Then all of them stop."""
+    due = step % run.config.checkpoint_every == 0 and run.bad == 0  # what is saved on schedule is good: there it goes back to
+    stop = distributed.anywhere(asked)
+    if due or stop:
+        run.save(step, meter.summary())
+    if stop:
+        distributed.wait()
+        raise TrainingStopped(f"{run.name}: interrupted after step {step}; run the same command to continue.")
 
 
 class _Run:

@@ -110,7 +110,7 @@ def run(
     if (folder / FAULT).exists():
         fault = json.loads((folder / FAULT).read_text(encoding="utf-8"))
         raise _named(fault["kind"])(fault["sentence"])
-    return ended_well
+    return bool(ended_well)
 
 
 def join(checkpoints: Path, done: Callable[[], bool] = lambda: False) -> None:
@@ -119,6 +119,9 @@ def join(checkpoints: Path, done: Callable[[], bool] = lambda: False) -> None:
     Args:
         checkpoints: the folder of all stages' checkpoints, which all machines share.
         done: asked in between whether to end.
+
+    Raises:
+        KeyboardInterrupt: a signal came, also one that ended processes, which have saved a checkpoint.
     """
     seen: set[Path] = set()
     while not done():
@@ -128,7 +131,8 @@ def join(checkpoints: Path, done: Callable[[], bool] = lambda: False) -> None:
             compute = read(content["compute"])
             if compute.nodes > 1 and not (call.parent / FAULT).exists():
                 log.info("%s: joining %s", call.parents[1].name, content["function"].rpartition(":")[2])
-                distributed.start(__name__, call.parent, compute)
+                if distributed.start(__name__, call.parent, compute) is None:
+                    raise KeyboardInterrupt
         time.sleep(1.0)
 
 

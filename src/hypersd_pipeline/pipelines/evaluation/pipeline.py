@@ -27,8 +27,8 @@ def evaluate_teacher_node(
 
 
 def create_pipeline(**_: Any) -> Pipeline:
-    """``manifest``, and metrics and samples of every stage -> ``evaluation_reference``, the teacher's metrics, ``results_*``."""
-    stages = {f"metrics_{model}": f"metrics_{model}" for model in MODELS}
+    """``manifest``, and metrics, reports and samples of every stage -> ``evaluation_reference``, the teacher's metrics, ``results_*``."""
+    stages = {f"{kind}_{model}": f"{kind}_{model}" for kind in ("metrics", "report") for model in MODELS}
     stages |= {f"samples_{model}": f"samples_{model}" for model in MODELS if model != "feedback"}  # whose grid is by weight
     shared = {name: name for name in ("teacher_metrics", "teacher_samples")}
     return Pipeline(
@@ -43,7 +43,7 @@ def create_pipeline(**_: Any) -> Pipeline:
             Node(
                 summarise_models,
                 {"reference": "evaluation_reference", "evaluation": "params:evaluation", **shared, **stages},
-                ["results_table", "results_lines", "results", "results_grid"],
+                ["results_table", "results_lines", "results", "results_by_model", "results_grid"],
                 name="summarise",
             ),
         ]
