@@ -169,9 +169,10 @@ class Stage:
         return next((term for _, terms in self.parts for _, term in terms if isinstance(term, Adversary)), None)
 
     def state(self) -> dict[str, Stateful]:
-        """What a checkpoint must hold of the terms' opponents."""
+        """What a checkpoint must hold of the terms' opponents, and of a rollout that counts its passes."""
         critic = next((term.critic for _, terms in self.parts for _, term in terms if isinstance(term, Matching)), None)
-        opponents: dict[str, Stateful | None] = {"critic": critic, "discriminator": self.adversary}
+        warmed = next((rollout for rollout, _ in self.parts if isinstance(rollout, Trajectory) and rollout.config.tangent_warmup), None)
+        opponents: dict[str, Stateful | None] = {"critic": critic, "discriminator": self.adversary, "trajectory": warmed}
         return {name: part for name, part in opponents.items() if part is not None}
 
     def companions(self) -> dict[str, torch.optim.Optimizer]:
