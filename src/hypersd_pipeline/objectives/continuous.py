@@ -8,6 +8,7 @@ The consistency function is ``f = cos a x - sin a F`` (eq. 5), which is the clea
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from hypersd_pipeline.diffusion.denoiser import Denoiser
 STEADY = 0.1
 """The constant ``c`` of the tangent normalisation (algorithm 1)."""
 
-Derivative = Callable[[Callable[..., Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+Derivative = Callable[..., Any]
 """``(function, point, direction) -> (value, derivative along the direction)``, as ``torch.func.jvp``."""
 
 
@@ -48,7 +49,7 @@ def velocity_along(
         x0, eps = process.converted(student.network(x, told.to(x.dtype), cond), x, angle.cos(), angle.sin())
         return process.velocity(x0, eps, angle)
 
-    return derivative(seen, (x_t, here), (velocity.to(x_t.dtype), torch.ones_like(here)))
+    return derivative(seen, (x_t, here), (velocity.to(x_t.dtype), torch.ones_like(here)))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
