@@ -221,7 +221,7 @@ def test_a_trial_of_any_environment_is_small(tmp_path, env):
     extended = "trial" if env == "base" else f"[{env}, trial]"  # base is below every environment
     values = parameters("short", with_environments(tmp_path, short=f"extends: {extended}\n"))
     stages = check(values)
-    found = {path: loop for path, loop in dict(loops(values)).items() if not path.startswith("ablation.cells.")}  # of which a trial runs none
+    found = {path: loop for path, loop in dict(loops(values)).items() if not path.startswith("ablation.cells.")}  # a trial runs none
     assert {f"{name}.stage.loop" for name in stages} | {"tscd.loop", "replicates.chain.unet.loop"} < set(found)
     assert len(found) == 64 - sum(values["compatibility"][kind]["openmoji"] is None for kind in ("bases", "styles"))
     for path, loop in found.items():
