@@ -17,7 +17,7 @@ from hypersd_pipeline.evaluation.bench import prepare_reference
 from hypersd_pipeline.experiments import chain
 from hypersd_pipeline.experiments.cells import AblationConfig, ReplicatesConfig, plan, plan_replicates, step_forwards
 from hypersd_pipeline.experiments.chain import Setting, feedback_lines, run_cells
-from hypersd_pipeline.experiments.power import comparisons, differences, smallest_effect
+from hypersd_pipeline.experiments.power import comparisons, deviation_of, differences, smallest_effect
 from hypersd_pipeline.experiments.report import feedback_table, report, summarise_seeds
 from hypersd_pipeline.io.records import RecordStore
 from hypersd_pipeline.metrics.config import EvaluationConfig
@@ -293,6 +293,7 @@ def test_paired_differences_and_the_smallest_effect_by_hand():
     (found,) = differences(pd.DataFrame(ours + others), "a", "b").to_dict("records")
     assert (found["row"], found["seeds"], found["mean"], found["deviation"]) == ("1_steps", 3, -2.0, 1.0)
     assert found["half"] == pytest.approx(4.303 / 3**0.5)
+    assert deviation_of(found["half"], 3) == pytest.approx(1.0)
     assert smallest_effect(1.0, 3) == pytest.approx((4.303 + 1.061) / 3**0.5)
     assert smallest_effect(2.0, 5) == pytest.approx(2 * (2.776 + 0.941) / 5**0.5)
     table = comparisons(pd.DataFrame(ours + others), {"a": "b"})

@@ -41,6 +41,11 @@ def smallest_effect(deviation: float, seeds: int) -> float:
     return (_T.get(seeds - 1, 1.96) + _T80.get(seeds - 1, 0.842)) * deviation / math.sqrt(seeds)
 
 
+def deviation_of(half: float, seeds: int) -> float:
+    """The deviation of a seed's difference, from half of Student's 95 % interval of the mean over ``seeds`` seeds."""
+    return half * math.sqrt(seeds) / _T.get(seeds - 1, 1.96)
+
+
 def differences(results: pd.DataFrame, ours: str, other: str) -> pd.DataFrame:
     """A line per metric and row that both cells have with the same seeds: metric, row, seeds, mean, half, deviation.
 
