@@ -125,6 +125,21 @@ def test_stale_reference_is_refused(reference: Path, teacher: TeacherConfig, man
         read_reference(reference / "nowhere")
 
 
+def test_validation_rows_stand_for_the_test_images(reference: Path, manifest: Manifest, teacher: TeacherConfig, tmp_path: Path) -> None:
+    """Here with two manifests of the same images: once they are the split ``test``, once ``val``."""
+    config = CONFIG.model_copy(update={"split": "val"})
+    with pytest.raises(UserError, match="the split 'val' has 0 good rows"):
+        prepare_reference(manifest, teacher, config)
+    splits = {"val": manifest.splits["test"], "test": manifest.splits["test"][:1], "test_unseen": manifest.splits["test_unseen"]}
+    prepare_reference(Manifest(manifest.root, splits), teacher, config)(tmp_path)
+    loaded = load_teacher(teacher, parts=("vae",))
+    chosen = read_reference(tmp_path, reference_key(config, loaded))["test"]
+    assert chosen.prompts == read_reference(reference)["test"].prompts
+    assert torch.equal(chosen.real.features, read_reference(reference)["test"].real.features)
+    with pytest.raises(UserError, match="other split; run prepare_reference again"):
+        read_reference(reference, reference_key(config, loaded))
+
+
 def test_rewards_are_metrics_of_every_row_and_the_packaged_head_may_be_left_out(
     work: Path, manifest: Manifest, teacher: TeacherConfig
 ) -> None:

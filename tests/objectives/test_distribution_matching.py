@@ -20,6 +20,35 @@ def test_gradient_by_hand():
     assert torch.allclose(dm.matching_gradient(x, real, fake), expected)  # the scale of a sample does not matter
 
 
+def test_guidance_by_hand():
+    x = torch.tensor([[[[1.0, 2.0]]]])
+    cond, uncond = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[1.0, 1.0]]]])  # guided, w = 3: (4, -2). |x - guided|: 3, 4
+    found = dm.guidance_gradient(x, cond, uncond, torch.full((1, 1, 1, 1), 3.0))
+    assert torch.allclose(found, torch.tensor([[[[2 * -1 / 3.5, 2 * 1 / 3.5]]]]))
+    assert not dm.guidance_gradient(x, cond, uncond, torch.ones(1, 1, 1, 1)).any()
+
+
+def test_at_one_noise_level_matching_and_guidance_add_up_to_the_guided_gradient():
+    """Equation 6 of Decoupled DMD: the numerators, over the guided teacher's mean."""
+    g = torch.Generator().manual_seed(0)
+    x, cond, uncond, fake = (torch.randn(3, 2, 4, 4, generator=g) for _ in range(4))
+    scale = torch.tensor([1.0, 3.0, 7.5]).view(-1, 1, 1, 1)
+    guided = uncond + scale * (cond - uncond)
+
+    def mean(real):
+        return (x - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    parts = dm.matching_gradient(x, cond, fake) * mean(cond) + dm.guidance_gradient(x, cond, uncond, scale) * mean(guided)
+    assert torch.allclose(dm.matching_gradient(x, guided, fake) * mean(guided), parts, atol=1e-5)
+
+
+def test_noise_levels_of_guidance_end_where_the_student_stood():
+    t = torch.tensor([799, 300, 10]).repeat(20_000)
+    drawn = dm.sample_below(t, PROCESS, torch.Generator().manual_seed(0), 0.02, 0.5).view(-1, 3)
+    assert drawn.min(dim=0).values.tolist() == [20, 20, 20] and drawn.max(dim=0).values.tolist() == [500, 300, 20]
+    assert torch.allclose(drawn.double().mean(dim=0), torch.tensor([260.0, 160.0, 20.0]).double(), atol=3)
+
+
 def test_gradient_is_zero_for_a_matching_critic_and_where_it_is_not_finite():
     x, real = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
     assert not dm.matching_gradient(x, real, real).any()

@@ -1,5 +1,6 @@
 """Recipes on processes that torchrun starts: one dies, one is told to end, and the weights are those of an undisturbed training."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -104,6 +105,7 @@ def test_arguments_of_every_recipe_reach_the_other_processes(made, tmp_path):
     data = DataConfig.model_validate(values["data"])
     row = Row("a", "images/a.png", ("a cat",), 64, 64, 1, "0" * 64)
     lora = LoRA({"unet.b.lora_A.weight": torch.ones(2, 3), "unet.a.lora_A.weight": torch.zeros(2, 3)}, {"a": "b"})
+    lora = dataclasses.replace(lora, judge={"layers.0.bias": torch.ones(3)})
     given = {
         "source": AnnotatedData(Manifest(tmp_path / "dataset", {"train": (row,)}), data, latents),
         "teacher": teacher,
@@ -123,7 +125,7 @@ def test_arguments_of_every_recipe_reach_the_other_processes(made, tmp_path):
     source, back = given["source"], found["source"]
     assert (back.manifest, back.data, back.latents.key) == (source.manifest, source.data, source.latents.key)
     assert list(found["lora"].tensors) == list(lora.tensors) and lora_key(found["lora"]) == lora_key(lora)
-    assert found["lora"].metadata == lora.metadata
+    assert found["lora"].metadata == lora.metadata and found["lora"].judge["layers.0.bias"].tolist() == [1.0] * 3
     store = found["outputs"].checkpoints
     assert (store.path, store.keep, store.restart, found["outputs"].compute) == (tmp_path / "stage", 3, True, None)
     seen = []

@@ -68,6 +68,22 @@ class Process:
         alphas, sigmas = self._device_tables[like.device]
         return alphas[t].view(shape), sigmas[t].view(shape)
 
+    def angle(self, t: Tensor, like: Tensor) -> Tensor:
+        """The angle ``a`` with ``alpha_t = cos a`` and ``sigma_t = sin a``, float64 ``[b, 1, 1, 1]``: TrigFlow's time for unit noise."""
+        alpha, sigma = self.alpha_sigma(t, like)
+        return torch.atan2(sigma, alpha)
+
+    def pace(self, t: Tensor, like: Tensor) -> Tensor:
+        """Timesteps per radian of `angle` at ``t``, float64 ``[b, 1, 1, 1]``: by central differences, one-sided at both ends."""
+        above, below = (t + 1).clamp(max=self.last_timestep), (t - 1).clamp(min=0)
+        steps = (above - below).view(-1, *[1] * (like.ndim - 1))
+        return steps / (self.angle(above, like) - self.angle(below, like))
+
+    @staticmethod
+    def velocity(x0: Tensor, eps: Tensor, angle: Tensor) -> Tensor:
+        """``dx / da`` of the probability-flow ODE in TrigFlow's time: ``cos a eps - sin a x0``. float64."""
+        return angle.cos() * eps.double() - angle.sin() * x0.double()
+
     def add_noise(self, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """``x_t = alpha_t x0 + sigma_t z``."""
         alpha, sigma = self.alpha_sigma(t, x0)
@@ -79,7 +95,10 @@ class Process:
         Returns:
             ``(x0, eps)`` in at least float32. A half-precision x0 at a large ``t`` is useless, because it is divided by alpha.
         """
-        alpha, sigma = self.alpha_sigma(t, x_t)
+        return self.converted(output, x_t, *self.alpha_sigma(t, x_t))
+
+    def converted(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """`to_x0_eps` at any point of the process, between two timesteps too: ``alpha`` and ``sigma`` float64 ``[b, 1, 1, 1]``."""
         dtype = torch.promote_types(output.dtype, torch.float32)
         x, out = x_t.double(), output.double()
         if self.prediction_type == "epsilon":

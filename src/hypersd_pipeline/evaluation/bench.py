@@ -68,16 +68,17 @@ def prepare_reference(manifest: Manifest, teacher: TeacherConfig, evaluation: Ev
     scorer = Scorer(evaluation, loaded.device)
     splits = {}
     for name, n in zip(SPLITS, (evaluation.samples, evaluation.unseen_samples), strict=True):
-        rows = len(manifest.splits.get(name, ()))
+        source = evaluation.split if name == "test" else name
+        rows = len(manifest.splits.get(source, ()))
         if name == "test_unseen" and not rows:
             continue  # other data sets have no such split
         if rows < 4:
             raise UserError(
-                f"manifest: the split '{name}' has {rows} good rows, the evaluation needs 4 at least; add rows to it in "
+                f"manifest: the split '{source}' has {rows} good rows, the evaluation needs 4 at least; add rows to it in "
                 f"data.source and run data_prep again."
             )
-        splits[name] = make_split(manifest, name, n, loaded, scorer, evaluation)
-        log.info("Evaluation reference: %d of %d images of '%s'", len(splits[name]), rows, name)
+        splits[name] = make_split(manifest, source, n, loaded, scorer, evaluation)
+        log.info("Evaluation reference: %d of %d images of '%s'", len(splits[name]), rows, source)
     return functools.partial(write_reference, splits=splits, key=key)
 
 

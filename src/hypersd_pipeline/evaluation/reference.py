@@ -106,6 +106,7 @@ def reference_key(config: EvaluationConfig, teacher: Teacher) -> dict[str, str]:
         "teacher's sampling": json.dumps(
             [max(config.teacher_steps), config.guidance_scale, config.mixed_precision, config.grid_prompts, "crops"]
         ),
+        **({"split": config.split} if config.split != "test" else {}),
         **({"rewards": json.dumps([reward.model_dump(mode="json") for reward in config.rewards])} if config.rewards else {}),
     }
 

@@ -61,6 +61,8 @@ class AblationConfig(Strict):
         encoder_share: what the encoder costs of a forward pass; a constant, so that a second run plans the same steps.
         seeds: each cell is trained once with each, seed by seed.
         only: names of the cells to run. Null runs all.
+        cells: further cells, name -> its stages by model. Each stage has the number of steps that it names: no budget.
+        compare: name of a cell -> name of the cell that it is compared with, for the table of paired differences.
         tscd: ``k8`` ... ``k1`` -> the stage as configured. one_step: the one-step stage. baselines: name -> its stages, by model.
     """
 
@@ -76,6 +78,8 @@ class AblationConfig(Strict):
     tscd: dict[str, StageConfig]
     one_step: OneStepConfig
     baselines: dict[str, dict[str, AnyStage]] = Field(default={})
+    cells: dict[str, dict[str, AnyStage]] = Field(default={})
+    compare: dict[str, str] = Field(default={})
 
     @field_validator("shares")
     @classmethod
@@ -117,8 +121,8 @@ def plan(config: AblationConfig) -> list[Cell]:
     feedback: no other method has a reward model.
 
     Raises:
-        UserError: ``only`` names a cell that there is not, the budget is too small for a stage, or the first stage of a baseline asks for a
-            previous one.
+        UserError: ``only`` or ``compare`` names a cell that there is not, two cells have one name, the budget is too small for a stage, or
+            the first stage of a cell asks for a previous one.
     """
     chains = {"8-4-2-1": dict(config.tscd), "k=1": {"k1": config.tscd["k1"]}}
     batch = config.tscd["k8"].loop.batch_size
@@ -131,7 +135,7 @@ def plan(config: AblationConfig) -> list[Cell]:
         last = list(variants)[-1]
         variants[last] = changed(variants[last], sampling={"eta": config.sampling_eta})
         cells.append(Cell(name, variants, batch))
-    for stages in config.baselines.values():
+    for stages in (*config.baselines.values(), *config.cells.values()):
         first = next(iter(stages.values()))
         if not isinstance(first, OneStepConfig):
             check_consistency(first, has_previous=False)
@@ -140,10 +144,16 @@ def plan(config: AblationConfig) -> list[Cell]:
     )
     cells.append(Cell("Hyper-SD", {**config.tscd, "unified": unified}, batch))
     cells += [Cell(name, dict(stages), batch) for name, stages in config.baselines.items()]
-    known = [cell.name for cell in cells]
-    if unknown := [name for name in config.only or () if name not in known]:
-        raise UserError(f"ablation.only: there is no cell {unknown[0]!r}; the cells are {'; '.join(known)}.")
-    return [replace(cell, stages=_within_budget(cell, config)) for cell in cells if config.only is None or cell.name in config.only]
+    own = [Cell(name, dict(stages), batch) for name, stages in config.cells.items()]
+    known = [cell.name for cell in (*cells, *own)]
+    for key, names in (("only", config.only or ()), ("compare", (*config.compare, *config.compare.values()))):
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"ablation.{key}: there is no cell {unknown[0]!r}; the cells are {'; '.join(known)}.")
+    if twice := next((name for name in known if known.count(name) > 1), None):
+        raise UserError(f"ablation.cells: there is another cell {twice!r} already; give it another name.")
+    chosen = [cell for cell in cells if config.only is None or cell.name in config.only]
+    paid = [replace(cell, stages=_within_budget(cell, config)) for cell in chosen]
+    return paid + [cell for cell in own if config.only is None or cell.name in config.only]
 
 
 def _variant(stage: StageConfig, hybrid: bool, offset: bool, previous: bool) -> StageConfig:

@@ -88,7 +88,7 @@ def run_cells(cells: Sequence[Cell], seeds: Sequence[int], setting: Setting) -> 
 
     Returns:
         A line per metric: model (or cell), seed, row (``4_steps``), split, metric, samples, value, low, high. The teacher is a model too.
-        A line per seed and weight of the feedback LoRA, where a cell has feedback (see `measure_tradeoff`).
+        A line per model, seed and weight of the feedback LoRA, where a cell has feedback (see `measure_tradeoff`).
     """
     shared = setting.conditions()
 
@@ -101,7 +101,7 @@ def run_cells(cells: Sequence[Cell], seeds: Sequence[int], setting: Setting) -> 
         for cell in cells:
             for model, record in Chain(cell.seeded(seed), seed, setting, shared).run().items():
                 frames.append(frame_of(model, seed, record))
-                tradeoff += tradeoff_lines(seed, record)
+                tradeoff += [{"model": model, **line} for line in tradeoff_lines(seed, record)]
     return pd.concat(frames, ignore_index=True), pd.DataFrame(tradeoff)
 
 
@@ -232,3 +232,13 @@ def tradeoff_lines(seed: int, record: Mapping[str, float]) -> list[dict[str, Any
         if match := re.fullmatch(r"w_(\d+\.\d+)/(.+)", name):
             lines.setdefault(match[1], {"seed": seed, "weight": float(match[1])})[match[2]] = value
     return [lines[weight] for weight in sorted(lines, key=float)]
+
+
+def feedback_lines(tradeoff: pd.DataFrame) -> pd.DataFrame:
+    """The trade-off at the last weight of each model as further lines of the table, in the row ``feedback``. None where there is none."""
+    lines = []
+    for (model, seed), part in tradeoff.groupby(["model", "seed"], sort=False) if len(tradeoff) else ():
+        values = part.sort_values("weight").iloc[-1].drop(["model", "seed", "weight"]).dropna()
+        common = {"model": model, "seed": seed, "row": "feedback", "split": "test"}
+        lines += [{**common, "metric": metric, "value": float(value)} for metric, value in values.items()]
+    return pd.DataFrame(lines)

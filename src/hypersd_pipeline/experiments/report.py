@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from hypersd_pipeline.experiments.power import comparisons, student_interval, two_digits
+
 OURS = ("Hyper-SD", "8-4-2-1 hybrid", "unified")
-# two-sided 95 % quantiles of Student's t by degrees of freedom. Beyond ten the normal one is near enough
-_T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 
 
-def report(results: pd.DataFrame) -> tuple[str, Image.Image]:
+def report(results: pd.DataFrame, compare: Mapping[str, str] | None = None) -> tuple[str, Image.Image]:
     """One table (markdown) and one plot.
 
     A cell's metric is the mean over its seeds. Its interval is Student's 95 % interval over them or, with one seed, the bootstrap interval
     over prompts. Tables: the Frechet distance to reconstructions, the CLIP score and the image quality at each number of steps. And, from
     two seeds on, by how much ours lie below each other candidate with the same seed, which what the seeds have in common does not blur.
+
+    Args:
+        compare: cell -> the cell that it is compared with, in a table of its own (`experiments.power`).
     """
     summary = summarise_seeds(results)
     distance = next(metric for metric in summary.metric.unique() if metric.endswith("_recon"))
     parts = [_table(summary, distance, "Frechet distance to the teacher's reconstructions (lower is better)")]
     parts += [_table(summary, metric, title) for metric, title in (("clip_score", "CLIP score"), ("image_quality", "Image quality"))]
     parts += [table for ours in OURS if (table := _paired(results, distance, ours))]
+    parts += [comparisons(results, compare)] if compare else []
     return "\n\n".join(parts) + "\n", _plot(summary[summary.metric == distance])
 
 
@@ -38,17 +42,6 @@ def summarise_seeds(results: pd.DataFrame) -> pd.DataFrame:
         steps = int(str(row).removesuffix("_steps"))
         lines.append({"model": model, "steps": steps, "metric": metric, "seeds": n, "mean": mean, "low": low, "high": high})
     return pd.DataFrame(lines)
-
-
-def student_interval(values: pd.Series) -> tuple[float, float | None]:
-    """The mean, and half of Student's 95 % interval. None for one value."""
-    n = len(values)
-    return float(values.mean()), _T.get(n - 1, 1.96) * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None
-
-
-def two_digits(half: float | None) -> str:
-    """Two digits, never with an exponent for the sizes that metrics have here."""
-    return "?" if half is None else f"{half:.0f}" if half >= 100 else f"{half:.2g}"
 
 
 def _table(summary: pd.DataFrame, metric: str, title: str) -> str:
@@ -125,7 +118,7 @@ def feedback_table(tradeoff: pd.DataFrame) -> str:
 
     Means over the seeds and, from two seeds on, Student's 95 % intervals.
     """
-    weights, metrics = sorted(tradeoff.weight.unique()), [name for name in tradeoff.columns if name not in ("seed", "weight")]
+    weights, metrics = sorted(tradeoff.weight.unique()), [name for name in tradeoff.columns if name not in ("model", "seed", "weight")]
     head = ["metric", *(f"feedback x {weight:g}" for weight in weights), f"x {weights[-1]:g} minus x {weights[0]:g}"]
     first, last = (tradeoff[tradeoff.weight == weight].set_index("seed") for weight in (weights[0], weights[-1]))
     lines = [head, ["-"] * len(head)]

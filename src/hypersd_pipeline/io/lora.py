@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,15 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.files import replacing_folder, tensors_sha256, write_tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hypersd_pipeline.models.lora import LoRA
 
 CHECKSUM = "weights_sha256"
 """In the metadata of the weights: the hash of all tensors."""
+
+JUDGE = "discriminator.safetensors"
+"""The head of the stage's discriminator, where the next stage starts from it."""
 
 WEIGHTS, SCHEDULER, CARD = "pytorch_lora_weights.safetensors", "scheduler_config.json", "README.md"
 
@@ -99,6 +105,17 @@ def read_lora(path: Path) -> LoRA:
         raise UserError(f"{path} is damaged ({error}); restore it with `dvc checkout` or train its stage again.") from error
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises UserError where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it with `dvc checkout` or train its stage again.") from error
+
+
 class LoRADataset(AbstractDataset["LoRA", "LoRA"]):
     """A folder with ``pytorch_lora_weights.safetensors`` (metadata inside), ``scheduler_config.json`` and a model card.
 
@@ -125,7 +142,8 @@ class LoRADataset(AbstractDataset["LoRA", "LoRA"]):
             raise UserError(f"{self._filepath / WEIGHTS}: {error}") from error
 
     def load(self) -> LoRA:
-        return read_lora(self._filepath / WEIGHTS)
+        lora, judge = read_lora(self._filepath / WEIGHTS), self._filepath / JUDGE
+        return replace(lora, judge=read_tensors(judge)) if judge.is_file() else lora
 
     def save(self, data: LoRA) -> None:
         contract = sampling_contract(data.metadata)
@@ -134,6 +152,8 @@ class LoRADataset(AbstractDataset["LoRA", "LoRA"]):
             tensors = {name: tensor.detach().cpu() for name, tensor in data.tensors.items()}
             metadata = {"format": "pt", **data.metadata, CHECKSUM: tensors_sha256(tensors)}
             write_tensors(folder / WEIGHTS, tensors, metadata)
+            if data.judge:
+                write_tensors(folder / JUDGE, {name: tensor.detach().cpu() for name, tensor in data.judge.items()}, {"format": "pt"})
             (folder / SCHEDULER).write_text(json.dumps(scheduler, indent=2) + "\n")
             (folder / CARD).write_text(model_card(self._filepath.name, data.metadata))
 

@@ -29,6 +29,7 @@ class EvaluationConfig(Strict):
 
     Attributes:
         samples, unseen_samples: images per row of the table, at most as many as the splits ``test`` and ``test_unseen`` have.
+        split: which rows stand for the test images and prompts. ``val`` for choosing settings, so that ``test`` stays unseen until the end.
         student_steps, teacher_steps: the numbers of DDIM steps (trailing grid). The teacher uses ``guidance_scale``, students none.
         mixed_precision: ``bf16`` samples with the network in bf16 by autocast. The VAE and all metrics stay as they are.
         rewards: measured besides, each a metric with the name of its kind. They see images and prompts.
@@ -40,6 +41,7 @@ class EvaluationConfig(Strict):
 
     samples: int = Field(ge=4, le=10**7)
     unseen_samples: int = Field(ge=4, le=10**7)
+    split: Literal["test", "val"] = "test"
     batch_size: Count = 50
     student_steps: tuple[Steps, ...] = Field(default=(1, 2, 4, 8), min_length=1)
     teacher_steps: tuple[Steps, ...] = Field(default=(1, 2, 4, 8, 25), min_length=1)

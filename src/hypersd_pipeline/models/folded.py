@@ -7,7 +7,9 @@ for each layer and each direction (`Ways`).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,19 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 ALWAYS = 7_500_000
 """A sum of so many multiplications or fewer is made whatever the count says: it takes less time than the calls that it saves."""
+
+
+_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def in_plain_operations() -> Iterator[None]:
+    """Inside, LoRA layers compute with operations of PyTorch alone, which know derivatives along a direction (``torch.func.jvp``)."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
 
 
 class Ways(NamedTuple):
@@ -68,11 +83,21 @@ def adapted(base: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     bias = None if base.bias is None else base.bias.to(dtype)
     x, weight, a, b = x.to(dtype), base.weight.to(dtype), a.to(dtype), b.to(dtype)
     with torch.autocast(device, enabled=False) if cast else nullcontext():
+        if _PLAIN.get():
+            return _plainly(base, x, weight, bias, a, b)
         if isinstance(base, nn.Linear):
             ways = _ways(dtype, x.numel() // x.shape[-1], a, b)
             return _Linear.apply(x, weight, bias, a, b, ways)  # type: ignore[no-any-return,no-untyped-call]
         ways = _ways(dtype, _positions(x, base), a, b)
         return _Conv.apply(x, weight, bias, a, b, ways, base.stride, base.padding, base.dilation)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _plainly(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """With the factors apart, as in any dtype."""
+    if isinstance(base, nn.Linear):
+        return F.linear(x, weight, bias) + F.linear(F.linear(x, a), b)
+    where = (base.stride, base.padding, base.dilation)
+    return F.conv2d(x, weight, bias, *where) + F.conv2d(F.conv2d(x, a, None, *where), b)
 
 
 def _ways(dtype: torch.dtype, positions: int, a: Tensor, b: Tensor) -> Ways:

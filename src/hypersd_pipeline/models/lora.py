@@ -25,10 +25,12 @@ class LoRA:
         tensors: ``unet.<module>.lora_A.weight`` and ``...lora_B.weight``. The scale is 1 (alpha equals the
             rank), so that no loader can get it wrong.
         metadata: strings. ``sampling_contract`` is JSON (see `models.contract.Contract`).
+        judge: the head of the stage's discriminator, where the next stage is to start from it. No part of the LoRA for anybody else.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    judge: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
+from torch import Tensor
+
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.errors import UserError
+from hypersd_pipeline.files import tensors_sha256
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA
@@ -11,10 +17,14 @@ from hypersd_pipeline.models.teacher import Teacher, TeacherConfig
 from hypersd_pipeline.models.user_lora import read_user_lora
 from hypersd_pipeline.recipes.launch import on_ranks
 from hypersd_pipeline.recipes.stage import Outputs, context_of, hold_frozen, load_for, provenance, run_stage, stage_identity
+from hypersd_pipeline.training.checkpoints import Identity
 from hypersd_pipeline.training.config import StageConfig
 from hypersd_pipeline.training.ema import ema_update
 from hypersd_pipeline.training.loop import make_accelerator
-from hypersd_pipeline.training.stage import needs
+from hypersd_pipeline.training.stage import Stage, needs
+from hypersd_pipeline.training.terms.adversarial import Adversary
+
+log = logging.getLogger(__name__)
 
 
 @on_ranks
@@ -39,6 +49,7 @@ def distil(
     student, ema = adapters.parameters("student"), adapters.parameters("ema")
     assert stage.consistency is not None
     segments = stage.consistency.segments
+    judge = _KeptJudge(stage, start)
     report = run_stage(
         f"k{segments}",
         stage,
@@ -46,10 +57,11 @@ def distil(
         outputs,
         accelerator,
         parameters=student,
-        identity=stage_identity(stage, model, latents, start, "distil"),
+        identity=judge.within(stage_identity(stage, model, latents, start, "distil")),
         state={"adapters": adapters},
         after_update=lambda: ema_update(ema, student, stage.ema_decay),
         ready=lambda: adapters.use("student"),
+        built=judge.take_up,
     )
     contract = Contract(segments, stage.sampling.eta, one_step_timestep=stage.sampling.one_step_timestep)
     metadata = {
@@ -57,7 +69,32 @@ def distil(
         "segments": str(segments),
         "sampling_contract": contract.to_json(model.scheduler_config()),
     }
-    return adapters.export("ema", metadata), report
+    return replace(adapters.export("ema", metadata), judge=judge.head()), report
+
+
+class _KeptJudge:
+    """The discriminator's head between stages, where a stage keeps it (``terms.adversarial.keep``)."""
+
+    def __init__(self, stage: StageConfig, start: LoRA | None) -> None:
+        self.keep = stage.adversarial is not None and stage.adversarial.keep
+        self.given = dict(start.judge) if self.keep and start is not None else {}
+        self.adversary: Adversary | None = None
+
+    def within(self, identity: Identity) -> Identity:
+        """The stage's identity, on which the head that it starts from has a part."""
+        return Identity({**identity.parts, "judge": tensors_sha256(self.given)}) if self.given else identity
+
+    def take_up(self, stage: Stage) -> None:
+        """Give the stage the head of the stage before."""
+        self.adversary = stage.adversary if self.keep else None
+        if self.adversary is not None and self.given and not self.adversary.start_from(self.given):
+            log.warning("The discriminator of the stage before has other levels or another width, so that it starts anew.")
+
+    def head(self) -> dict[str, Tensor]:
+        """A copy of the head after the stage, or nothing."""
+        if self.adversary is None:
+            return {}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.adversary.head.state_dict().items()}
 
 
 def make_adapters(model: Teacher, stage: StageConfig, start: LoRA | None = None) -> AdaptedBackbone:

@@ -128,6 +128,7 @@ def run_stage(
     ready: Callable[[], None] = lambda: None,
     finished: Callable[[int], bool] = lambda step: False,
     full: bool = False,
+    built: Callable[[Stage], None] = lambda stage: None,
 ) -> dict[str, float]:
     """Build the stage and run the loop.
 
@@ -135,11 +136,13 @@ def run_stage(
         parameters: what is trained. identity: see `stage_identity`. state: the student, for checkpoints.
         ready: see `Stage`. finished: see `train`.
         full: all weights of the student are trained, not a LoRA.
+        built: called with the stage before it is trained.
 
     Returns:
         The loop's report, with the cost of a step in forward passes (`with_cost`).
     """
     stage = build_stage(shared(config), context, ready)
+    built(stage)
     if config.loop.compile:
         context.adapters.backbone.compile()
     on_gpu = context.device.type == "cuda"

@@ -80,9 +80,9 @@ def noised_image_ap(source: AnnotatedData, bench: Bench, perceptual: PerceptualM
     """Mask AP on test images that were noised as in the training and sampled again from there."""
     assert stage.segmenter is not None
     model, evaluation = bench.teacher, bench.config
-    annotated = AnnotatedSplit(source.manifest, source.data, "test", model.resolution, perceptual.labels)
+    annotated = AnnotatedSplit(source.manifest, source.data, evaluation.split, model.resolution, perceptual.labels)
     rows = annotated.annotated()[: stage.test_images]
-    split, denoiser = source.latents.split("test"), bench.denoiser()
+    split, denoiser = source.latents.split(evaluation.split), bench.denoiser()
     timesteps = model.process.trailing_timesteps(stage.sample.steps).tolist()[stage.segmenter.start(stage.sample.steps) :]
     noise = torch.randn(len(rows), *model.latent_shape, generator=torch.Generator().manual_seed(evaluation.seed))
     size, images = evaluation.batch_size, []

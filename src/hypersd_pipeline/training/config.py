@@ -113,6 +113,8 @@ class StageConfig(Strict):
         if self.consistency is None and any(self.place_of(term) == "trajectory" for term in active.values()):
             raise ValueError("terms: the trajectory, on which a term judges, is the consistency term's; add one with a weight above 0")
         judge = self.adversarial
+        if judge is not None and self.consistency is not None and self.consistency.target == "tangent":
+            raise ValueError("terms.adversarial: a tangent is no sample that a discriminator could take for real; switch one of them off")
         if judge is not None and self.place_of(judge) == "sample":
             if judge.pair:
                 raise ValueError("terms.adversarial.pair: a sample has no second point to be judged with; use false")

@@ -261,13 +261,14 @@ def _named(name: str) -> Any:
 
 
 def _write_lora(value: LoRA, path: Path) -> dict[str, Any]:
-    write_tensors(path, value.tensors)
-    return {"file": str(path), "names": list(value.tensors), "metadata": value.metadata}
+    write_tensors(path, {**value.tensors, **{f"judge.{name}": tensor for name, tensor in value.judge.items()}})
+    return {"file": str(path), "names": list(value.tensors), "metadata": value.metadata, "judge": list(value.judge)}
 
 
 def _read_lora(content: Mapping[str, Any]) -> LoRA:
     tensors = load_file(content["file"])
-    return LoRA({name: tensors[name] for name in content["names"]}, content["metadata"])
+    judge = {name: tensors[f"judge.{name}"] for name in content["judge"]}
+    return LoRA({name: tensors[name] for name in content["names"]}, content["metadata"], judge)
 
 
 def _write_manifest(value: Manifest, path: Path) -> dict[str, Any]:

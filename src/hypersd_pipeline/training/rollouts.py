@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from pydantic import model_validator
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypersd_pipeline.conditioning import Conditioning, moved
 from hypersd_pipeline.config import Steps, Strict, Timestep
@@ -20,7 +21,8 @@ from hypersd_pipeline.data.cache import SplitCache
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.diffusion.grids import check_grid
 from hypersd_pipeline.draws import rand, randint, randn
-from hypersd_pipeline.objectives import consistency, feedback
+from hypersd_pipeline.models.folded import in_plain_operations
+from hypersd_pipeline.objectives import consistency, continuous, feedback
 from hypersd_pipeline.perception.protocol import Instances
 from hypersd_pipeline.training.terms.base import Context, Prediction, Rows
 from hypersd_pipeline.training.terms.consistency import ConsistencyConfig
@@ -102,6 +104,7 @@ class Trajectory:
         self.batch = config.batch or context.batch
         self.solver = context.base if config.teacher == "base" else self.adapters.denoiser("previous")
         self.target_network = self.adapters.denoiser("ema" if config.target == "ema" else "student")
+        self.passed = 0
         self.with_features = with_features and config.teacher == "base"
         self.with_data = with_data
 
@@ -125,6 +128,8 @@ class Trajectory:
 
     def predict(self, batch: TrajectoryBatch, generator: torch.Generator) -> Prediction:
         """See `Rollout`. Order: teacher, target network, student."""
+        if self.config.target == "tangent":
+            return self._continuous(batch)
         target, features = self._target(batch)
         times = batch.times
         sample = self.context.student.jump(batch.x_tn, times.t_n, times.t_end, batch.cond)
@@ -139,6 +144,35 @@ class Trajectory:
             real=target if batch.real is None else batch.real,
             features=features,
         )
+
+    def _continuous(self, batch: TrajectoryBatch) -> Prediction:
+        """The student's clean sample, and the one that its tangent along the teacher's ODE leads to."""
+        x_t, t, cond = batch.x_tn, batch.times.t_n, batch.cond
+        solver = self.solver if batch.uncond is None else self.solver.guided(batch.uncond, batch.guidance)
+        velocity = continuous.teacher_velocity(solver, x_t, t, cond)
+        if self.config.tangent_span:
+            seen, along = continuous.velocity_between(self.target_network, x_t, t, cond, velocity, self.config.tangent_span)
+        else:
+            with in_plain_operations(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no derivative along a direction
+                seen, along = continuous.velocity_along(self.target_network, x_t, t, cond, velocity)
+        angle = self.process.angle(t, x_t)
+        step = continuous.normalised(continuous.tangent(seen, along, x_t, velocity, angle, self._warm()))
+        target = continuous.clean_target(seen, step, x_t, angle).to(x_t.dtype)
+        x0, _ = self.context.student.predict(x_t, t, cond)
+        return Prediction(x0, batch.times.t_end, x_t, t, cond, batch.uncond, target=target)
+
+    def _warm(self) -> float:
+        """How much of the tangent's second half counts in this pass."""
+        update, self.passed = self.passed // self.context.passes, self.passed + 1
+        return min(1.0, update / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
+
+    def state_dict(self) -> dict[str, int]:
+        """The passes so far, by which the tangent is warmed up."""
+        return {"passed": self.passed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore what `state_dict` gave."""
+        self.passed = state_dict["passed"]
 
     def _target(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor | None]:
         """The target at ``t_end``, and the base network's features of ``x_tn`` where they are wanted."""

@@ -25,6 +25,7 @@ from hypersd_pipeline.training.terms import (
     Context,
     MatchingConfig,
     PerceptualConfig,
+    Prediction,
     RegressionConfig,
     RewardTermConfig,
     Scalars,
@@ -121,15 +122,19 @@ class Stage:
         return batches
 
     def _warm_up(self, generator: torch.Generator) -> None:
-        """Train a critic that is not warm yet on samples of the student as it is. Its count is in the checkpoint."""
+        """Train opponents that are not warm yet on predictions of the student as it is. Their counts are in the checkpoint."""
         for rollout, terms in self.parts:
-            for term in (term for _, term in terms if isinstance(term, Matching)):
-                while term.critic.cold:
-                    with apart(generator):
-                        with torch.no_grad():
-                            prediction = rollout.predict(rollout.draw(generator), generator)
-                        some = slice(0, term.config.batch)
-                        term.critic.warm_up(prediction.sample[some], prediction.cond[some], generator)
+            for term in (term for _, term in terms):
+                if isinstance(term, Matching):
+                    while term.critic.cold:
+                        with apart(generator):
+                            prediction = _without_graph(rollout, generator)
+                            some = slice(0, term.config.batch)
+                            term.critic.warm_up(prediction.sample[some], prediction.cond[some], generator)
+                elif isinstance(term, Adversary):
+                    while term.cold:
+                        with apart(generator):
+                            term.warm_up(_without_graph(rollout, generator), generator)
 
     def _judged(self, view: View, terms: Sequence[Weighted], generator: torch.Generator, scalars: Scalars) -> tuple[Tensor, Tensor]:
         """The terms' weighted sum and its gradient at the prediction; a discriminator's is weighed against that of all others."""
@@ -169,9 +174,10 @@ class Stage:
         return next((term for _, terms in self.parts for _, term in terms if isinstance(term, Adversary)), None)
 
     def state(self) -> dict[str, Stateful]:
-        """What a checkpoint must hold of the terms' opponents."""
+        """What a checkpoint must hold of the terms' opponents, and of a rollout that counts its passes."""
         critic = next((term.critic for _, terms in self.parts for _, term in terms if isinstance(term, Matching)), None)
-        opponents: dict[str, Stateful | None] = {"critic": critic, "discriminator": self.adversary}
+        warmed = next((rollout for rollout, _ in self.parts if isinstance(rollout, Trajectory) and rollout.config.tangent_warmup), None)
+        opponents: dict[str, Stateful | None] = {"critic": critic, "discriminator": self.adversary, "trajectory": warmed}
         return {name: part for name, part in opponents.items() if part is not None}
 
     def companions(self) -> dict[str, torch.optim.Optimizer]:
@@ -184,6 +190,11 @@ class Stage:
             self.adversary.watch(values, step)
         for term in (term for _, terms in self.parts for _, term in terms if isinstance(term, Matching)):
             term.watch(values, step)
+
+
+@torch.no_grad()
+def _without_graph(rollout: Rollout, generator: torch.Generator) -> Prediction:
+    return rollout.predict(rollout.draw(generator), generator)
 
 
 def carried(output: Tensor, gradient: Tensor, value: Tensor) -> Tensor:

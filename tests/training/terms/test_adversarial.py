@@ -9,6 +9,7 @@ import torch
 from stages import CPU, generator
 from worlds import prepare
 
+from hypersd_pipeline.io import LoRADataset
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.objectives import adversarial, consistency
 from hypersd_pipeline.recipes.distil import distil, make_adapters
@@ -174,10 +175,13 @@ def test_renoised_and_single_point_judgement(checkpoint):
     assert all(p.grad is not None for p in adversary.parameters)
 
 
-def test_discriminator_resumes_bit_for_bit(tmp_path_factory, tmp_path):
-    folder = tmp_path_factory.mktemp("resume")
-    teacher = TeacherConfig(source=str(tiny.write_sd15(folder)))
-    latents = prepare(folder, teacher)
+@pytest.fixture(scope="module")
+def latents(checkpoint, tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("latents"), checkpoint)
+
+
+def test_discriminator_resumes_bit_for_bit(checkpoint, latents, tmp_path):
+    teacher = checkpoint
     config = with_adversarial(encoder="adapter")
 
     def run(path, stream=lambda values, step: None):
@@ -340,3 +344,51 @@ def test_each_switch_of_the_judge_reaches_the_student_and_the_key(checkpoint, ch
     (name,) = changes
     assert name not in CONFIG.identity()["terms"]["adversarial"]  # at its default it is no part of older keys
     assert with_adversarial(**changes).identity()["terms"]["adversarial"][name] == changes[name]
+
+
+LEARNS = {"real": "data", "levels": 2, "norm": "none", "loss": "relativistic", "keep": True}
+
+
+def test_the_discriminator_is_warm_before_the_student_moves(checkpoint):
+    """It learns alone, on the student as it starts. The updates are counted in the checkpoint, so that a resumed stage has none again."""
+    config = with_adversarial(**LEARNS, warmup_updates=5, learning_rate=0.01)
+    _, adapters, stage = build(checkpoint, config)
+    student = [p.clone() for p in adapters.parameters("student")]
+    fresh = build(checkpoint, config)[2].adversary.head.state_dict()
+    losses, judge = [], stage.adversary.judge
+    stage.adversary.judge = lambda *a: losses.append(judge(*a)) or losses[-1]
+    loss, _ = stage(generator())
+    assert len(losses) == 6 and stage.adversary.warmed == 5 and stage.adversary.state_dict()["warmed"] == 5
+    assert losses[4][1]["discriminator_loss"] < losses[0][1]["discriminator_loss"]
+    for one, other in zip(student, adapters.parameters("student"), strict=True):
+        assert torch.equal(one, other) and other.grad is None
+    assert any(not torch.equal(fresh[name], tensor) for name, tensor in stage.adversary.head.state_dict().items())
+    loss.backward()  # this is the student's first update
+    assert all(p.grad is not None for p in adapters.parameters("student"))
+    resumed = build(checkpoint, config)[2].adversary
+    resumed.load_state_dict(stage.adversary.state_dict())
+    assert not resumed.cold
+
+
+def test_a_kept_discriminator_goes_on_in_the_next_stage(checkpoint, latents, tmp_path, caplog):
+    """By the LoRA's folder, as between two nodes. The second stage's learning rate leaves the head where it started."""
+
+    def trained(name, config, start=None):
+        return distil(latents, checkpoint, config, Outputs(CheckpointStore(tmp_path / name), lambda values, step: None), start)[0]
+
+    first = trained("k2", with_adversarial(**LEARNS))
+    dataset = LoRADataset(filepath=str(tmp_path / "lora_k2"))
+    dataset.save(first)
+    start = dataset.load()
+    assert start.judge.keys() == first.judge.keys() != set()
+    still = {**LEARNS, "learning_rate": 1e-12}
+    second = trained("k1", with_adversarial(**still), start)
+    for name, tensor in second.judge.items():
+        torch.testing.assert_close(tensor, first.judge[name], rtol=1e-4, atol=1e-6)
+    anew = trained("anew", with_adversarial(**{**still, "keep": False}), start)
+    assert anew.judge == {}
+    with caplog.at_level(logging.WARNING):
+        wider = trained("wider", with_adversarial(**still, hidden=64), start)
+    assert "starts anew" in caplog.text and wider.judge.keys() == first.judge.keys()
+    with pytest.raises(ValueError, match="keep: the head alone goes on"):
+        with_adversarial(keep=True, encoder="adapter")

@@ -90,6 +90,15 @@ def test_matching_alone_by_hand():
     )
 
 
+def test_decoupled_matching_by_hand():
+    """The teacher without guidance sees 1, with it 2.5. Each part has its own mean, and its own noise level, which is not seen here."""
+    loss, gradient, batch, _ = by_hand({"matching": matching(critic=UNMOVED, guidance_renoise=(0.1, 0.9))})
+    x, dims = THETA * batch.z, {"dim": (1, 2, 3), "keepdim": True}
+    toward = 0.5 / (x - 1.0).abs().mean(**dims) + 2 * (0.25 - 1.0) / (x - REAL).abs().mean(**dims) + 0 * x
+    assert loss == pytest.approx((0.5 * toward.square().mean()).item(), rel=1e-4)
+    assert gradient == pytest.approx((toward * batch.z).mean().item(), rel=1e-4)
+
+
 def test_regression_alone_by_hand():
     loss, gradient, batch, scalars = by_hand({"regression": {"weight": 0.3}})
     value, expected = regression_by_hand(batch.z, batch.target)
@@ -141,6 +150,7 @@ def test_the_scores_have_no_part_in_the_students_graph(terms):
         ({"guidance": (5.0, 3.0)}, "guidance"),
         ({"renoise": (0.5, 0.2)}, "renoise"),
         ({"renoise": (0.02, 1.0)}, "renoise"),
+        ({"guidance_renoise": (0.9, 0.1)}, "guidance_renoise"),
         ({"critic": {"updates": 0}}, "updates"),
     ],
 )
@@ -195,6 +205,18 @@ def test_what_a_step_calls(teacher, updates):
     loss, _ = stage(generator())
     loss.backward()
     assert calls == [("student", 2, True), *[(CRITIC, 2, True)] * updates, (None, 4, False), (CRITIC, 2, False)]
+
+
+def test_what_a_decoupled_step_calls(teacher):
+    """Real scores: one with the prompt for matching, and both halves for guidance, of which the student's timestep bounds the noise."""
+    settings = config(sample={"timestep": 300}, matching=matching(guidance_renoise=(0.02, 0.98)))
+    _, adapters, stage = build(teacher, settings)
+    calls, told = stages.passes(adapters), []
+    adapters.backbone.module.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1].tolist()))
+    loss, _ = stage(generator())
+    loss.backward()
+    assert calls[-3:] == [(None, 2, False), (CRITIC, 2, False), (None, 4, False)]
+    assert told[-1][:2] == told[-1][2:] and max(told[-1]) <= 300
 
 
 def unets():

@@ -7,12 +7,13 @@ from typing import Any
 
 import pandas as pd
 from kedro.pipeline import Node, Pipeline
+from PIL import Image
 
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.data.config import DataConfig
 from hypersd_pipeline.data.rows import Manifest
 from hypersd_pipeline.experiments.cells import AblationConfig, plan
-from hypersd_pipeline.experiments.chain import Setting, run_cells
+from hypersd_pipeline.experiments.chain import Setting, feedback_lines, run_cells
 from hypersd_pipeline.experiments.report import report
 from hypersd_pipeline.io.records import RecordStore
 from hypersd_pipeline.metrics.config import EvaluationConfig
@@ -50,7 +51,13 @@ def ablation_node(
 ) -> pd.DataFrame:
     """Plan the cells and run them. See `experiments.chain.run_cells`."""
     setting = Setting(AnnotatedData(manifest, data, latents), teacher, reference, evaluation, checkpoints, records, compute)
-    return run_cells(plan(ablation), ablation.seeds, setting)[0]
+    results, tradeoff = run_cells(plan(ablation), ablation.seeds, setting)
+    return pd.concat([results, feedback_lines(tradeoff)], ignore_index=True)
+
+
+def report_node(results: pd.DataFrame, ablation: AblationConfig) -> tuple[str, Image.Image]:
+    """Tables and plot. See `experiments.report.report`."""
+    return report(results, ablation.compare)
 
 
 def create_pipeline(**_: Any) -> Pipeline:
@@ -59,6 +66,6 @@ def create_pipeline(**_: Any) -> Pipeline:
         [
             reference_node(),
             Node(ablation_node, INPUTS, "ablation_metrics", name="run_ablation"),
-            Node(report, "ablation_metrics", ["ablation_table", "ablation_plot"], name="report_ablation"),
+            Node(report_node, ["ablation_metrics", "params:ablation"], ["ablation_table", "ablation_plot"], name="report_ablation"),
         ]
     )

@@ -6,9 +6,12 @@ from kedro.pipeline import Pipeline
 
 from hypersd_pipeline.pipelines.nodes import distil_pipeline, reference_node, unified_pipeline
 
-DISTILLED = {"lcm": ("lcm",), "tcd": ("tcd",), "pcm": ("pcm",), "progressive": tuple(f"progressive_k{k}" for k in (8, 4, 2, 1))}
+DISTILLED = {
+    **{name: (name,) for name in ("lcm", "tcd", "scm", "pcm")},
+    "progressive": tuple(f"progressive_k{k}" for k in (8, 4, 2, 1)),
+}
 """Method -> its stages, each of which starts from the one before."""
-MATCHED = ("dmd2", "dmd")
+MATCHED = ("dmd2", "dmd", "dmd2_levels", "dmd_decoupled")
 """Methods that match distributions, from the teacher itself."""
 
 

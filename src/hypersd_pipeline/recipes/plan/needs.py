@@ -33,7 +33,7 @@ from hypersd_pipeline.training.cost import prepared_forwards
 from hypersd_pipeline.training.ema import ema_update
 from hypersd_pipeline.training.loop import make_accelerator, make_optimizer
 from hypersd_pipeline.training.stage import Stage, build_stage
-from hypersd_pipeline.training.terms import MatchingConfig, PerceptualConfig, RewardTermConfig
+from hypersd_pipeline.training.terms import AdversarialConfig, MatchingConfig, PerceptualConfig, RewardTermConfig
 
 UNET = "one_step_unet"
 _TOKENS = 77
@@ -126,8 +126,9 @@ def needs_of(key: str, stage: StageConfig, teacher: TeacherConfig, told: Mapping
 
 
 def _without_warm_up(stage: StageConfig) -> dict[str, Any]:
-    """A critic's warm-up needs no more memory than its updates, and would take long."""
-    return {name: {"critic": {"warmup_updates": 0}} for name, term in stage.active().items() if isinstance(term, MatchingConfig)}
+    """The warm-up of a critic or a discriminator needs no more memory than its updates, and would take long."""
+    none: dict[type, dict[str, Any]] = {MatchingConfig: {"critic": {"warmup_updates": 0}}, AdversarialConfig: {"warmup_updates": 0}}
+    return {name: none[type(term)] for name, term in stage.active().items() if type(term) in none}
 
 
 def form_of(key: str, stage: StageConfig) -> str:

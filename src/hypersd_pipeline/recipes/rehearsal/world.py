@@ -23,7 +23,7 @@ from hypersd_pipeline.models.teacher import Dtype, TeacherConfig
 from hypersd_pipeline.recipes.rehearsal.judges import RandomJudges, Values
 from hypersd_pipeline.rewards import RewardConfig
 from hypersd_pipeline.training.config import FeedbackConfig, StageConfig, changed
-from hypersd_pipeline.training.terms import MatchingConfig, PerceptualConfig, RegressionConfig, RewardTermConfig
+from hypersd_pipeline.training.terms import AdversarialConfig, MatchingConfig, PerceptualConfig, RegressionConfig, RewardTermConfig
 
 SPLITS = {"train": 12, "val": 4, "test": 6}
 """Images of each split."""
@@ -142,6 +142,8 @@ def _stage(key: str, stage: StageConfig, config: RehearsalConfig, judges: Random
         match term:
             case MatchingConfig():
                 changed["critic"] = {"updates": min(term.critic.updates, 2), "warmup_updates": min(term.critic.warmup_updates, 1)}
+            case AdversarialConfig() if term.warmup_updates:
+                changed["warmup_updates"] = 1
             case RegressionConfig():
                 changed["pairs"] = {"count": 2, "steps": min(term.pairs.steps, 2), "batch_size": config.batch}
             case RewardTermConfig():

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from hypersd_pipeline.conditioning import Conditioning, moved
@@ -18,8 +18,8 @@ from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.discriminator import make_head
 from hypersd_pipeline.objectives.adversarial import Loss, discriminator_loss, generator_loss
 from hypersd_pipeline.training import distributed
-from hypersd_pipeline.training.loop import adamw
-from hypersd_pipeline.training.terms.base import Context, Cost, Scalars, TermConfig, View
+from hypersd_pipeline.training.loop import Steps, adamw
+from hypersd_pipeline.training.terms.base import Context, Cost, Prediction, Scalars, TermConfig, View
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ ADAPTER = "discriminator"
 
 
 class AdversarialConfig(TermConfig):
-    """The discriminator of a stage. It starts anew in each.
+    """The discriminator of a stage.
 
     Attributes:
         balance: the term's gradient at the prediction is first brought to the norm of all other terms' together, so that the weight is a
@@ -44,6 +44,8 @@ class AdversarialConfig(TermConfig):
         loss: see `objectives.adversarial.discriminator_loss`.
         balance_cap: largest factor by which ``balance`` may raise the gradient. None: any.
         listen_above: running accuracy from which on the student listens. At 1/2 the discriminator knows nothing. 0: always.
+        warmup_updates: of the discriminator alone, on the student as it starts, before the student's first update.
+        keep: whether its head goes on to the next stage, beside the LoRA, and comes from the stage before. Otherwise it starts anew.
         learning_rate, betas: of its AdamW.
         alarm_after: updates in a row that it may be right about everything before a warning.
     """
@@ -60,11 +62,19 @@ class AdversarialConfig(TermConfig):
     loss: Loss = "softplus"
     balance_cap: float | None = Field(default=None, gt=0, le=1e12)
     listen_above: Share = 0.0
+    warmup_updates: int = Field(default=0, ge=0, le=10**6)
+    keep: bool = False
     learning_rate: Rate = 1e-3
     betas: tuple[Decay, Decay] = (0.0, 0.99)
     alarm_after: Count = 20
 
-    later: ClassVar[frozenset[str]] = frozenset({"real", "levels", "norm", "loss", "balance_cap", "listen_above"})
+    later: ClassVar[frozenset[str]] = frozenset({"real", "levels", "norm", "loss", "balance_cap", "listen_above", "warmup_updates", "keep"})
+
+    @model_validator(mode="after")
+    def _kept(self) -> AdversarialConfig:
+        if self.keep and self.encoder == "adapter":
+            raise ValueError("keep: the head alone goes on to the next stage, and here the encoder is trained too; use encoder: frozen")
+        return self
 
     @field_validator("hidden")
     @classmethod
@@ -126,6 +136,30 @@ class Adversary:
         self.streak = torch.zeros((), device=device)
         self.running = torch.full((), 0.5, device=device)  # accuracy, in the mean of about the last hundred passes
         self._correct: list[Tensor] = []  # of the passes of an update so far
+        self.warmed = 0
+
+    @property
+    def cold(self) -> bool:
+        """Whether the warm-up is not over."""
+        return self.warmed < self.config.warmup_updates
+
+    def warm_up(self, prediction: Prediction, generator: torch.Generator) -> None:
+        """One update of the warm-up, on a prediction without a graph."""
+        self(View(prediction, prediction.sample.detach().requires_grad_()), generator)
+        self._correct.clear()
+        distributed.average_gradients(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        Steps([self.optimizer]).take(torch.isfinite(norm))
+        torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
+        self.warmed += 1
+
+    def start_from(self, head: Mapping[str, Tensor]) -> bool:
+        """Take the head of the stage before. False, and nothing is changed, where it is of another shape."""
+        own = self.head.state_dict()
+        fits = own.keys() == head.keys() and all(own[name].shape == tensor.shape for name, tensor in head.items())
+        if fits:
+            self.head.load_state_dict(dict(head))
+        return fits
 
     @property
     def takes_teachers_features(self) -> bool:
@@ -220,11 +254,12 @@ class Adversary:
         return process.renoise(prediction, s, t_star, z), process.renoise(target, s, t_star, z), t_star
 
     def state_dict(self) -> dict[str, Any]:
-        """The head, the alarm's count and the running accuracy.
+        """The head, the alarm's count, the running accuracy and the updates of the warm-up.
 
         The encoder's adapter is in the adapters' state, the optimiser in the loop's.
         """
-        return {"head": self.head.state_dict(), "streak": self.streak, "running": self.running}
+        state = {"head": self.head.state_dict(), "streak": self.streak, "running": self.running}
+        return {**state, "warmed": self.warmed} if self.config.warmup_updates else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
@@ -232,3 +267,4 @@ class Adversary:
         self.streak = state_dict["streak"].to(self.streak)
         self.running = state_dict.get("running", torch.full((), 0.5)).to(self.running)
         self._correct.clear()
+        self.warmed = state_dict.get("warmed", 0)

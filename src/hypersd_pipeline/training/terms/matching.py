@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import field_validator
@@ -30,6 +30,8 @@ class MatchingConfig(TermConfig):
             does, regression nothing.
         guidance: range of the teacher's scale in the real score, drawn uniformly per sample.
         renoise: share of T between which the student's samples are noised again to be judged.
+        guidance_renoise: the same for what guidance adds, which then has a noise level of its own, never above the student's timestep
+            (Decoupled DMD). None: guidance and matching share theirs.
         critic: see `CriticConfig`.
     """
 
@@ -37,7 +39,10 @@ class MatchingConfig(TermConfig):
     batch: Count | None = None
     guidance: tuple[Guidance, Guidance]
     renoise: tuple[float, float] = (0.02, 0.98)
+    guidance_renoise: tuple[float, float] | None = None
     critic: CriticConfig = CriticConfig()
+
+    later: ClassVar[frozenset[str]] = frozenset({"guidance_renoise"})
 
     @field_validator("guidance")
     @classmethod
@@ -45,10 +50,10 @@ class MatchingConfig(TermConfig):
         check_scales(guidance)
         return guidance
 
-    @field_validator("renoise")
+    @field_validator("renoise", "guidance_renoise")
     @classmethod
-    def _rising(cls, renoise: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= renoise[0] < renoise[1] < 1:
+    def _rising(cls, renoise: tuple[float, float] | None) -> tuple[float, float] | None:
+        if renoise is not None and not 0 <= renoise[0] < renoise[1] < 1:
             raise ValueError(f"renoise must be a rising pair of shares of T between 0 and 1, not {list(renoise)}")
         return renoise
 
@@ -57,8 +62,11 @@ class MatchingConfig(TermConfig):
         return Matching(self, context.base, Critic(context.adapters, self.critic, context.passes))
 
     def forwards(self, cost: Cost) -> float:
-        """Real score 2, fake score 1, and 2 for each update of the critic (at least once a pass), on the samples that are matched."""
-        scores = 3.0 + (2.0 + cost.again) * max(1.0, self.critic.updates / cost.passes)
+        """Real score 2, fake score 1, and 2 for each update of the critic (at least once a pass), on the samples that are matched.
+
+        Guidance with a noise level of its own takes one real score more.
+        """
+        scores = (3.0 if self.guidance_renoise is None else 4.0) + (2.0 + cost.again) * max(1.0, self.critic.updates / cost.passes)
         return scores * min(self.batch or cost.batch, cost.batch) / cost.batch
 
 
@@ -73,7 +81,7 @@ class Matching:
         some, cond, uncond = slice(0, self.config.batch), view.prediction.cond, view.prediction.uncond
         assert uncond is not None
         learned = self.critic.update(view.sample[some], cond[some], generator)
-        gradient = self.gradient(view.sample[some].detach(), cond[some], uncond[some], generator)
+        gradient = self.gradient(view.sample[some].detach(), cond[some], uncond[some], generator, view.prediction.t[some])
         loss = dmd.matching_loss(view.sample[some], gradient)
         silent = (gradient == 0).flatten(1).all(dim=1).float().mean()  # where a prediction was not finite
         scalars = {"critic": learned, "matching": gradient.square().mean().sqrt(), "matching_silent": silent}
@@ -91,14 +99,28 @@ class Matching:
             )
 
     @torch.no_grad()
-    def gradient(self, samples: Tensor, cond: Conditioning, uncond: Conditioning, generator: torch.Generator) -> Tensor:
-        """``(p_real - p_fake) / mean|p_real|`` at the student's clean samples ``[b, c, h, w]``. No graph."""
+    def gradient(self, samples: Tensor, cond: Conditioning, uncond: Conditioning, generator: torch.Generator, stood: Tensor) -> Tensor:
+        """``(p_real - p_fake) / mean|p_real|`` at the student's clean samples ``[b, c, h, w]``. No graph.
+
+        Args:
+            stood: the timesteps of the step that made the samples, int64 ``[b]``.
+        """
         process, (low, high) = self.teacher.process, self.config.guidance
         t = dmd.sample_renoise_timesteps(len(samples), process, generator, *self.config.renoise)
         z = randn(samples.shape, generator)
         scale = (low + (high - low) * rand((len(samples),), generator)).view(-1, 1, 1, 1)
         t, z, scale = (moved(drawn, samples.device) for drawn in (t, z, scale))
         x_t, scale = process.add_noise(samples, z.to(samples), t), scale.to(samples)
-        real, _ = self.teacher.guided(uncond, scale).predict(x_t, t, cond)
+        if self.config.guidance_renoise is None:
+            real, _ = self.teacher.guided(uncond, scale).predict(x_t, t, cond)
+        else:
+            real, _ = self.teacher.predict(x_t, t, cond)
         fake, _ = self.critic.denoiser.predict(x_t, t, cond)
-        return dmd.matching_gradient(samples, real, fake)
+        gradient = dmd.matching_gradient(samples, real, fake)
+        if self.config.guidance_renoise is None:
+            return gradient
+        t = moved(dmd.sample_below(stood, process, generator, *self.config.guidance_renoise), samples.device)
+        x_t = process.add_noise(samples, moved(randn(samples.shape, generator), samples.device).to(samples), t)
+        both, _ = self.teacher.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat(uncond, cond))
+        without, with_prompt = both.chunk(2)
+        return gradient + dmd.guidance_gradient(samples, with_prompt, without, scale)
