@@ -27,6 +27,7 @@ from hypersd_pipeline.files import file_sha256
 from hypersd_pipeline.metrics.config import DiversityConfig, EvaluationConfig
 from hypersd_pipeline.metrics.features import EfficientNetLite0
 from hypersd_pipeline.metrics.frechet import frechet_distance
+from hypersd_pipeline.metrics.scorer import Scorer
 from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
@@ -112,6 +113,20 @@ def test_reference_holds_the_splits_apart(reference: Path, manifest: Manifest, t
     assert splits["test"].prompts == [row.captions[0] for row in choose_rows(manifest.splits["test"], 10, 0)]
     assert splits["test"].real.features.shape == splits["test"].recon.features.shape == (10, 1280)
     assert not torch.equal(splits["test"].real.features, splits["test"].recon.features)
+
+
+def test_what_rows_share_is_made_once(reference: Path, teacher: TeacherConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench encodes no text for the metrics, and its decoder's layout changes rounding only."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "text_embeddings", lambda *args: pytest.fail("the reference has them"))
+        bench = Bench.load(teacher, reference, CONFIG)
+    split = bench.splits["test"]
+    assert torch.equal(split.texts, bench.scorer.text_embeddings(split.prompts))
+    latents = torch.randn(2, *bench.teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    decoder = bench.teacher.vae.decoder.conv_out.weight
+    assert decoder.is_contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        torch.testing.assert_close(bench.teacher.decode(latents), load_teacher(teacher).decode(latents), rtol=0, atol=1e-5)
 
 
 def test_stale_reference_is_refused(reference: Path, teacher: TeacherConfig, manifest: Manifest) -> None:

@@ -1,5 +1,6 @@
 """Feedback learning as a whole on a random teacher, with the real rewards and a real SOLO (of random weights)."""
 
+import json
 import shutil
 
 import pytest
@@ -11,12 +12,13 @@ from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.data.config import DataConfig
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.evaluation.bench import prepare_reference
+from hypersd_pipeline.evaluation.probe import Probe
 from hypersd_pipeline.files import content_hashes
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.dual_encoder import load_dual_encoder
-from hypersd_pipeline.models.lora import merge_lora
+from hypersd_pipeline.models.lora import LoRA, merge_lora
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.perception.config import SmallSoloConfig
 from hypersd_pipeline.perception.protocol import LabelMap
@@ -113,6 +115,31 @@ def test_trains_merges_and_measures(world, tmp_path):
     two, other = on_ranks(2, tmp_path / "two", flat)
     alone = {f"{line}/{name}": v for line, part in metrics.items() if isinstance(part, dict) for name, v in part.items()}
     assert two == other == pytest.approx(alone, rel=1e-4, abs=1e-5) and len(two) > 20
+
+
+def test_the_images_of_the_table_are_the_probes_where_both_sample_alike(world, monkeypatch):
+    """The same metrics come out as where the probe samples for itself, with fewer calls of the network."""
+    source, teacher, reference, lora, stage = world
+    stage = changed(stage, merge_weights=(1.0,))
+    calls = []
+    monkeypatch.setattr(Probe, "sample", lambda *args, sample=Probe.sample: calls.append(args[2]) or sample(*args))
+
+    def measured(lora):
+        calls.clear()
+        metrics = measure_tradeoff(source, teacher, reference, EVALUATION, lora, lora, stage)[1]
+        return {f"{line}/{name}": v for line, part in metrics.items() if isinstance(part, dict) for name, v in part.items()}, sum(calls)
+
+    shared, few = measured(lora)
+    noisy, more = measured(LoRA(lora.tensors, {**lora.metadata, "sampling_contract": with_eta(lora.metadata["sampling_contract"])}))
+    monkeypatch.setattr(Probe, "samples_as", lambda *args: False)
+    apart, many = measured(lora)
+    assert shared == apart and many == more == few + 2 * EVALUATION.samples  # at the weights 0 and 1
+    assert {name for name in noisy if noisy[name] != shared[name]} >= {"w_0.00/image_quality", "w_1.00/fd_efficientnet_lite0_recon"}
+    assert noisy["w_1.00/held_out_reward"] == shared["w_1.00/held_out_reward"]  # the probe's own images have no eta
+
+
+def with_eta(contract):
+    return json.dumps({**json.loads(contract), "scheduler": "TCDScheduler", "eta": 0.5})
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path):

@@ -47,6 +47,10 @@ def _mean(reward: Reward, images: Tensor, prompts: Sequence[str]) -> float:
     return float(reward.score(images, prompts).mean())
 
 
+Judged = tuple[int, tuple[dict[str, float], Tensor], Tensor]
+"""How many images a batch has, their rewards (`Judges.judged`) and their features ``[b, d]``."""
+
+
 @dataclass
 class Probe:
     """Samples the same prompts from the same noise, whatever the model, and measures how good, diverse and far from a reference they are.
@@ -82,19 +86,28 @@ class Probe:
             latents = sample_ddim(denoiser, noise, self.cond[part].to(self.model.device), grid)
             yield self.prompts[part], self.model.decode(latents)
 
+    def judge(self, prompts: Sequence[str], images: Tensor, features: Tensor) -> Judged:
+        """A batch of the prompts' own images ``[b, 3, r, r]``, for `measure`, with their features ``[b, d]``."""
+        return len(prompts), self.judges.judged(images, prompts), features.cpu()
+
+    def samples_as(self, timesteps: Sequence[int], eta: float) -> bool:
+        """Whether the same images come out of DDIM, or of TCDScheduler's steps for an ``eta`` above 0, on falling ``timesteps``."""
+        return eta == 0 and list(timesteps) == self.model.process.trailing_timesteps(self.steps).tolist()
+
     @torch.no_grad()
-    def measure(self, denoiser: Denoiser, distilled: Denoiser | None = None) -> dict[str, float]:
+    def measure(self, denoiser: Denoiser, distilled: Denoiser | None = None, judged: Sequence[Judged] | None = None) -> dict[str, float]:
         """Rewards, ``diversity`` and ``distance`` (cosine, between features) to the images of ``distilled`` or of the first measurement.
 
         Several processes measure together, and all of them have the same metrics.
+
+        Args:
+            judged: of this process's batches, where ``denoiser``'s images are there already (`judge`). None: they are sampled.
         """
         if self._reference is None and distilled is not None:
             self._reference = self._features(distilled, len(self.prompts))
-        made = [
-            (len(prompts), self.judges.judged(images, prompts), self.features(images).cpu())
-            for prompts, images in self.sample(denoiser, len(self.prompts))
-        ]
-        made = distributed.gathered(made)
+        if judged is None:
+            judged = [self.judge(prompts, images, self.features(images)) for prompts, images in self.sample(denoiser, len(self.prompts))]
+        made = distributed.gathered(list(judged))
         sums: dict[str, float] = {}
         for n, (means, _), _ in made:
             for name, value in means.items():

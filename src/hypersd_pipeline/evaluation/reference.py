@@ -29,7 +29,7 @@ from hypersd_pipeline.training import distributed
 
 SPLITS = ("test", "test_unseen")
 _REWARD = "reward_"
-_SHOWN = "shown"
+_SHOWN, _TEXTS = "shown", "texts"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class SplitReference:
         real: of the real images. recon: of the VAE's reconstructions of them.
         teacher: of the teacher's samples, with guidance, at the most of its numbers of steps, from the noise that all rows share.
         shown: the first of the teacher's samples, for grids.
+        texts: unit vectors ``[n, e]`` of the prompts, for the CLIP score.
     """
 
     KINDS: ClassVar = ("real", "recon", "teacher")
@@ -48,6 +49,7 @@ class SplitReference:
     recon: Scores
     teacher: Scores
     shown: list[Image.Image]
+    texts: Tensor
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -81,7 +83,7 @@ def make_split(manifest: Manifest, split: str, n: int, teacher: Teacher, scorer:
         parts.append((scorer.score(images, prompts[part]), scorer.score(decoded, prompts[part])))
     real, recon = (Scores.cat(scores) for scores in zip(*distributed.gathered(parts), strict=True))
     samples, shown = score_samples(teacher, scorer, config, prompts, teacher.encode_prompts(prompts), teachers_way(config))
-    return SplitReference(prompts, real, recon, samples, shown)
+    return SplitReference(prompts, real, recon, samples, shown, scorer.text_embeddings(prompts))
 
 
 def teachers_way(config: EvaluationConfig) -> Way:
@@ -104,7 +106,7 @@ def reference_key(config: EvaluationConfig, teacher: Teacher) -> dict[str, str]:
         "resolution": str(teacher.resolution),
         "teacher": fingerprint(teacher.content_hash("backbone"), teacher.scheduler_config(), teacher.config.dtype),
         "teacher's sampling": json.dumps(
-            [max(config.teacher_steps), config.guidance_scale, config.mixed_precision, config.grid_prompts, "crops"]
+            [max(config.teacher_steps), config.guidance_scale, config.mixed_precision, config.grid_prompts, "crops", "texts"]
         ),
         **({"split": config.split} if config.split != "test" else {}),
         **({"rewards": json.dumps([reward.model_dump(mode="json") for reward in config.rewards])} if config.rewards else {}),
@@ -118,7 +120,7 @@ def write_reference(folder: Path, splits: Mapping[str, SplitReference], key: Map
         tensors = {f"{kind}.{field}": getattr(scores, field) for kind, scores in each.items() for field in Scores.FIELDS}
         rewards = {f"{kind}.{_REWARD}{reward}": values for kind, scores in each.items() for reward, values in scores.rewards.items()}
         shown = torch.from_numpy(np.stack([np.asarray(image) for image in split.shown]))
-        write_tensors(folder / f"{name}.safetensors", {**tensors, **rewards, _SHOWN: shown})
+        write_tensors(folder / f"{name}.safetensors", {**tensors, **rewards, _SHOWN: shown, _TEXTS: split.texts})
     content = {"made_with": dict(key), "prompts": {name: split.prompts for name, split in splits.items()}}
     write_text(folder / "reference.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -141,7 +143,8 @@ def read_reference(folder: Path, key: Mapping[str, str] | None = None) -> dict[s
     for name, prompts in content["prompts"].items():
         tensors = load_file(folder / f"{name}.safetensors")
         scores = {kind: _scores(tensors, f"{kind}.") for kind in SplitReference.KINDS}
-        splits[name] = SplitReference(prompts, **scores, shown=[Image.fromarray(image) for image in tensors[_SHOWN].numpy()])
+        shown = [Image.fromarray(image) for image in tensors[_SHOWN].numpy()]
+        splits[name] = SplitReference(prompts, **scores, shown=shown, texts=tensors[_TEXTS])
     return splits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,23 @@ class Way:
         return {"eta": self.contract.eta, "to_clean": self.contract.only_timestep is not None}
 
 
+Look = Callable[[Sequence[str], Tensor, Scores], None]
+"""What else is done with a batch: its prompts, its images ``[b, 3, h, w]`` in [0, 1] and their scores."""
+
+
 def score_samples(
-    teacher: Teacher, scorer: Scorer, config: EvaluationConfig, prompts: Sequence[str], cond: Conditioning, way: Way
+    teacher: Teacher,
+    scorer: Scorer,
+    config: EvaluationConfig,
+    prompts: Sequence[str],
+    cond: Conditioning,
+    way: Way,
+    look: Look = lambda *batch: None,
 ) -> tuple[Scores, list[Image.Image]]:
     """Sample one image per prompt and score it. Each process does so for its batches, and has the scores of all afterwards.
+
+    Args:
+        look: called with each batch of this process, so that nobody has to sample the same images again.
 
     Returns:
         The scores in the order of the prompts, and the images of the first ``grid_prompts`` prompts.
@@ -56,7 +69,10 @@ def score_samples(
     for indices in distributed.mine(batches(len(prompts), config.batch_size)):
         images = sample(teacher, cond, indices, way.timesteps(teacher), seed=config.seed, denoiser=denoiser, **way.options())
         shown = [to_pil(image) for image in images[: max(0, config.grid_prompts - indices.start)]]
-        parts.append((scorer.score(images, prompts[indices.start : indices.stop]), shown))
+        part = prompts[indices.start : indices.stop]
+        scores = scorer.score(images, part)
+        look(part, images, scores)
+        parts.append((scores, shown))
     collected = distributed.gathered(parts)
     return Scores.cat([scores for scores, _ in collected]), [image for _, shown in collected for image in shown]
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from PIL import Image
+from torch import Tensor
 
 from hypersd_pipeline.evaluation.bench import Bench
 from hypersd_pipeline.evaluation.plots import tradeoff_plot
-from hypersd_pipeline.evaluation.probe import Probe
+from hypersd_pipeline.evaluation.probe import Judged, Probe
 from hypersd_pipeline.metrics.config import EvaluationConfig
 from hypersd_pipeline.metrics.grids import labelled_grid
 from hypersd_pipeline.metrics.mask_ap import mask_ap
+from hypersd_pipeline.metrics.scorer import Scores
 from hypersd_pipeline.models.contract import Contract
 from hypersd_pipeline.models.lora import LoRA, merge_lora
 from hypersd_pipeline.models.teacher import TeacherConfig
@@ -56,16 +60,20 @@ def measure_tradeoff(
         evaluation.batch_size,
     )  # fmt: skip
     merge_lora(bench.teacher.backbone.module, lora)
+    shared = contract.only_timestep is None and probe.samples_as(
+        contract.timesteps(steps, bench.teacher.process.num_train_timesteps).tolist(), contract.eta
+    )  # the table's images are then the probe's
     lines, columns, before = [], [], 0.0
     headline: dict[str, float] = {}
     for weight in sorted({0.0, *stage.merge_weights}):
         merge_lora(bench.teacher.backbone.module, feedback_lora, weight - before)
         before = weight
-        row, shown = bench.row("test", steps, contract)
+        judged: list[Judged] = []
+        row, shown = bench.row("test", steps, contract, look=partial(_judge, probe, judged) if shared else lambda *batch: None)
         if weight <= 1:
             headline = {**row, "samples": float(len(split))}
         line = {"weight": weight, **{name.split("/")[0]: v for name, v in row.items() if not name.endswith(("_low", "_high"))}}
-        line |= probe.measure(bench.denoiser())
+        line |= probe.measure(bench.denoiser(), judged=judged if shared else None)
         if perceptual is not None:
             line |= noised_image_ap(source, bench, perceptual, stage)
         lines.append(line)
@@ -73,6 +81,10 @@ def measure_tradeoff(
     frame = pd.DataFrame(lines)
     metrics: dict[str, Any] = {f"w_{line['weight']:.2f}": {k: float(v) for k, v in line.items() if k != "weight"} for line in lines}
     return frame, {**headline, **metrics}, tradeoff_plot(frame), labelled_grid(columns, split.prompts[: evaluation.grid_prompts])
+
+
+def _judge(probe: Probe, judged: list[Judged], prompts: Sequence[str], images: Tensor, scores: Scores) -> None:
+    judged.append(probe.judge(prompts, images, scores.features))
 
 
 @torch.no_grad()

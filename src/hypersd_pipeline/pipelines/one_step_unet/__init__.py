@@ -1,4 +1,4 @@
-"""The dedicated one-step UNet: every weight trained, time input 800."""
+"""The dedicated one-step UNet: every weight trained, with a time input of its own."""
 
 from .pipeline import create_pipeline
 
