@@ -37,8 +37,8 @@ CONFIG_LOADER_CLASS = ProjectConfigLoader
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
     "default_run_env": "local",
-    "config_patterns": {"mlflow": ["mlflow*", "mlflow*/**", "**/mlflow*"], "cluster": ["cluster*"]},
+    "config_patterns": {"mlflow": ["mlflow*", "mlflow*/**", "**/mlflow*"], "cluster": ["cluster*"], "airflow": ["airflow*"]},
     # An environment overrides single values, not whole top-level keys.
-    "merge_strategy": {"parameters": "soft"},
+    "merge_strategy": {"parameters": "soft", "airflow": "soft"},
     "custom_resolvers": {"oc.env": oc.env, "mlflow_uri": mlflow_uri, "mlflow_artifacts": mlflow_artifacts},
 }
