@@ -46,6 +46,11 @@ class MemoryRows:
         _, c, h, w = self.latents.shape
         return c, h, w
 
+    @property
+    def bucket_shapes(self) -> list[tuple[int, int, int]]:
+        """None: all rows have one shape."""
+        return []
+
     def sample(self, indices: Tensor, generator: torch.Generator | None) -> Tensor:
         """The rows' latents."""
         return self.latents[indices]

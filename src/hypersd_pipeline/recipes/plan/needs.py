@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from hypersd_pipeline.recipes.blank import blank_perceptual, blank_reward
 from hypersd_pipeline.recipes.distil import make_adapters
 from hypersd_pipeline.recipes.feedback import STUDENT, feedback_adapters
 from hypersd_pipeline.recipes.one_step import unet_networks, unified_adapters
-from hypersd_pipeline.recipes.plan.dry import bytes_of, dry_run
+from hypersd_pipeline.recipes.plan.dry import Meter, bytes_of, dry_run
 from hypersd_pipeline.recipes.stage import context_of
 from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, StageConfig, changed
 from hypersd_pipeline.training.cost import prepared_forwards
+from hypersd_pipeline.training.critic import Critic
 from hypersd_pipeline.training.ema import ema_update
-from hypersd_pipeline.training.loop import make_accelerator, make_optimizer
+from hypersd_pipeline.training.loop import make_optimizer
 from hypersd_pipeline.training.stage import Stage, build_stage
 from hypersd_pipeline.training.terms import AdversarialConfig, MatchingConfig, PerceptualConfig, RewardTermConfig
 
@@ -69,60 +71,88 @@ class Needs:
 
 @dataclass(frozen=True)
 class _Built:
-    """A stage's real objects. modules: what a checkpoint holds besides optimisers and opponents."""
+    """A stage's real objects.
 
-    stage: Stage
+    Attributes:
+        stage_of: builds the stage for so many images a pass, on the same networks.
+        networks: all but the heads of a discriminator. student: what the main optimiser moves.
+        modules: what a checkpoint holds besides optimisers and opponents.
+    """
+
+    stage_of: Callable[[int], Stage]
     adapters: AdaptedBackbone
-    networks: Sequence[nn.Module]
+    networks: Callable[[], Sequence[nn.Module]]
     student: Sequence[nn.Parameter]
     after_update: Callable[[], None]
     modules: Sequence[Any]
 
 
 def needs_of(key: str, stage: StageConfig, teacher: TeacherConfig, told: Mapping[str, Any], batch: int | None = None) -> Needs:
-    """Build the stage and run an update of it, then a pass with everything in place, on tensors without memory.
+    """See `needs_at`. batch: None is the configuration's, for one process."""
+    return needs_at(key, stage, teacher, told, [batch or stage.loop.batch_size // stage.loop.accumulate])[0]
+
+
+def needs_at(key: str, stage: StageConfig, teacher: TeacherConfig, told: Mapping[str, Any], batches: Sequence[int]) -> list[Needs]:
+    """Build the stage and run a pass of it for each number of images, with everything in place, on tensors without memory.
 
     Args:
         key: such as ``tscd_k8``. told: the teacher's architecture, see `description`.
-        batch: images of a pass. None: the configuration's, for one process.
+        batches: images of a pass.
     """
-    size = batch or stage.loop.batch_size // stage.loop.accumulate
     passes = stage.loop.accumulate
-    stage = changed(stage, loop={"batch_size": size * passes, "compile": False}, terms=_without_warm_up(stage))
-    accelerator = make_accelerator(stage.loop)
+    stage = changed(stage, loop={"batch_size": batches[0] * passes, "compile": False}, terms=_without_warm_up(stage))
     model = blank_teacher(teacher, told)
     with dry_run() as meter:
         built = _build(key, stage, model, told)
-        optimizers = [make_optimizer(list(built.student), stage.loop), *built.stage.companions().values()]
-        generator = Draws()
-        generator.manual_seed(0)
-
-        def one_pass() -> None:
-            with accelerator.autocast():
-                loss, _ = built.stage(generator)
-            (loss / passes).backward()  # type: ignore[no-untyped-call]
-
-        one_pass()
-        for optimizer in optimizers:
-            optimizer.step()
-            if passes == 1:
-                optimizer.zero_grad()
+        optimizer = make_optimizer(list(built.student), stage.loop)
+        _settle([optimizer], keep=passes > 1)
         built.after_update()
-        meter.reset()
-        static = meter.now
-        one_pass()
-        peak, operations = meter.peak, meter.operations
-        parameters = sum(p.numel() for p in {id(p): p for network in built.networks for p in network.parameters()}.values())
-        opponents = built.stage.state()
-        held = [part.state_dict() for part in (*built.modules, *opponents.values())]
-        checkpoint = bytes_of(held, [optimizer.state_dict() for optimizer in optimizers])
-        meter.reset()
-        with torch.no_grad(), accelerator.autocast():
-            noise, conditioning = torch.empty(size, *model.latent_shape), _conditioning(told, size)
-            built.adapters.denoiser(None).predict(noise, torch.zeros(size, dtype=torch.int64), conditioning)
-        forward = meter.operations
-        trained = sum(p.numel() for p in built.student)
-    return Needs(size, parameters, trained, static, peak, operations, forward, checkpoint)
+        return [_measured(meter, built, optimizer, stage, model, told, batch) for batch in batches]
+
+
+def _measured(
+    meter: Meter, built: _Built, optimizer: torch.optim.Optimizer, stage: StageConfig, model: Teacher, told: Mapping[str, Any], batch: int
+) -> Needs:
+    """The needs of a stage that has made an update."""
+    half = stage.loop.mixed_precision == "bf16"
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)  # tensors without memory are the CPU's, whatever is there
+    made = built.stage_of(batch)
+    companions, opponents = list(made.companions().values()), made.state()
+    critics = [part.optimizer for part in opponents.values() if isinstance(part, Critic)]
+    _settle(companions, keep=stage.loop.accumulate > 1)
+    _settle(critics, keep=False)
+    generator = Draws()
+    generator.manual_seed(0)
+    meter.reset()
+    static = meter.now
+    with autocast():
+        loss, _ = made(generator)
+    (loss / stage.loop.accumulate).backward()  # type: ignore[no-untyped-call]
+    del loss
+    peak, operations = meter.peak, meter.operations
+    heads = [made.adversary.head] if made.adversary is not None else []
+    parameters = sum(p.numel() for p in {id(p): p for network in (*built.networks(), *heads) for p in network.parameters()}.values())
+    held = [part.state_dict() for part in (*built.modules, *opponents.values())]
+    checkpoint = bytes_of(held, [each.state_dict() for each in (optimizer, *companions)])
+    meter.reset()
+    with torch.no_grad(), autocast():
+        noise, conditioning = torch.empty(batch, *model.latent_shape), _conditioning(told, batch)
+        built.adapters.denoiser(None).predict(noise, torch.zeros(batch, dtype=torch.int64), conditioning)
+    forward = meter.operations
+    trained = sum(p.numel() for p in built.student)
+    if stage.loop.accumulate == 1:
+        optimizer.zero_grad()
+    return Needs(batch, parameters, trained, static, peak, operations, forward, checkpoint)
+
+
+def _settle(optimizers: Iterable[torch.optim.Optimizer], *, keep: bool) -> None:
+    """Bring optimisers to where they are after an update. keep: the gradients, as between two passes of an update."""
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        if not keep:
+            optimizer.zero_grad()
 
 
 def _without_warm_up(stage: StageConfig) -> dict[str, Any]:
@@ -195,8 +225,7 @@ def _build(key: str, stage: StageConfig, model: Teacher, told: Mapping[str, Any]
     if key == UNET and isinstance(stage, OneStepConfig):
         backbone, average, adapters = unet_networks(model, stage, None)
         student, averaged = list(backbone.module.parameters()), list(average.parameters())
-        context = context_of(stage, model, adapters, latents, Denoiser(backbone, model.process), **more)
-        built = build_stage(stage, context)
+        denoiser, ready = Denoiser(backbone, model.process), _nothing
         networks += [backbone.module, average]
         modules: list[Any] = [adapters, backbone.module, average]
     else:
@@ -204,18 +233,26 @@ def _build(key: str, stage: StageConfig, model: Teacher, told: Mapping[str, Any]
         adapters = _adapters(model, stage)
         student = adapters.parameters(name)
         averaged = adapters.parameters("ema") if "ema" in adapters.names else []
-        context = context_of(stage, model, adapters, latents, adapters.denoiser(name), **more)
-        built = build_stage(stage, context, ready=lambda: adapters.use(name))
+        denoiser, ready = adapters.denoiser(name), partial(adapters.use, name)
         modules = [adapters]
-    judges = [judge.network for judge in rewards.values() if isinstance(judge.network, nn.Module)]
-    more_networks = [n for n in (held_out, segmenter.network if segmenter else None) if isinstance(n, nn.Module)]
-    heads = [built.adversary.head] if built.adversary is not None else []
+    context = context_of(stage, model, adapters, latents, denoiser, **more)
+    networks += [n for n in (held_out, segmenter.network if segmenter else None) if isinstance(n, nn.Module)]
 
     def after_update() -> None:
         if averaged:
             ema_update(averaged, student, stage.ema_decay)
 
-    return _Built(built, adapters, [*networks, *judges, *more_networks, *heads], student, after_update, modules)
+    def all_networks() -> list[nn.Module]:
+        return networks + [judge.network for judge in rewards.values() if isinstance(judge.network, nn.Module)]
+
+    def stage_of(batch: int) -> Stage:
+        return build_stage(stage, replace(context, batch=batch), ready)
+
+    return _Built(stage_of, adapters, all_networks, student, after_update, modules)
+
+
+def _nothing() -> None:
+    """What a UNet of its own needs at the end of a pass."""
 
 
 def _adapters(model: Teacher, stage: StageConfig) -> AdaptedBackbone:
@@ -247,14 +284,15 @@ class _Latents:
 
 
 class _Judge:
-    """In the place of a reward's configuration: builds the reward without its files."""
+    """In the place of a reward's configuration: builds the reward without its files, once."""
 
     def __init__(self, config: Any) -> None:
         self.network: Any = None
         self.config = config
 
     def load(self, device: torch.device | str) -> Any:
-        self.network = blank_reward(self.config)
+        if self.network is None:
+            self.network = blank_reward(self.config)
         return self.network
 
 

@@ -14,7 +14,7 @@ from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.public import description
 from hypersd_pipeline.models.teacher import TeacherConfig
 from hypersd_pipeline.recipes.plan.hardware import GIB, PlanConfig
-from hypersd_pipeline.recipes.plan.needs import Needs, blank_teacher, form_of, needs_of, preparation, text_widths
+from hypersd_pipeline.recipes.plan.needs import Needs, blank_teacher, form_of, needs_at, preparation, text_widths
 from hypersd_pipeline.recipes.stage import shared
 from hypersd_pipeline.training.config import StageConfig
 
@@ -46,7 +46,8 @@ def make_plan(config: PlanConfig, teacher: TeacherConfig, data: DataConfig, stag
         if form not in known:
             log.info("Plan: %s with %d images a pass", key, batch)
             other = batch // 2 or 2
-            known[form] = needs_of(key, stage, teacher, told, batch), needs_of(key, stage, teacher, told, other)
+            at, smaller = needs_at(key, stage, teacher, told, [batch, other])
+            known[form] = at, smaller
         lines.append(_line(key, whole, config, *known[form]))
     table = pd.DataFrame(lines)
     return table, _text(config, teacher, data, told, table)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 import pandas as pd
-import psutil
 
 from hypersd_pipeline.errors import UserError
 from hypersd_pipeline.models.public import description
@@ -31,7 +29,7 @@ def rehearse(config: RehearsalConfig, environment: Environment) -> tuple[pd.Data
     world = make_world(config, environment)
     units = [unit for unit in UNITS if config.only is None or unit.name.startswith(config.only)]
     planned = _planned(units, world)
-    rehearsal = Rehearsal(world, refused=_refused(planned))
+    rehearsal = Rehearsal(world, planned)
     outcomes = rehearsal.run(units)
     if not config.keep and all(outcome.result != FAILED for outcome in outcomes):
         run.clear(world)
@@ -54,12 +52,6 @@ def _planned(units: list[Unit], world: World) -> dict[str, float]:
                 known[form] = needs_of(key, stage, world.teacher, told).peak
             planned[unit.name] = imports + known[form]
     return planned
-
-
-def _refused(planned: Mapping[str, float]) -> dict[str, str]:
-    free = float(psutil.virtual_memory().available)
-    told = "needs {:.1f} GB of memory by the plan, and {:.1f} GB are free"
-    return {name: told.format(need / GB, free / GB) for name, need in planned.items() if need > free}
 
 
 def _line(outcome: Outcome, planned: float | None) -> dict[str, object]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hypersd_pipeline.recipes.plan.room import free_memory
 from hypersd_pipeline.recipes.rehearsal.world import World
 
 log = logging.getLogger(__name__)
@@ -89,12 +90,12 @@ class Rehearsal:
     """Runs units of a world.
 
     Attributes:
-        world: see `make_world`. refused: unit -> why it is not started.
+        world: see `make_world`. planned: unit -> bytes that it takes by the plan. Where fewer are free when its turn comes, it is left out.
         outcomes: of what was run or left out so far.
     """
 
     world: World
-    refused: Mapping[str, str] = field(default_factory=dict)
+    planned: Mapping[str, float] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self, units: Sequence[Unit] = UNITS) -> list[Outcome]:
@@ -113,8 +114,10 @@ class Rehearsal:
         bad = [outcome.unit.name for outcome in self.outcomes if outcome.result != PASSED and outcome.unit.name in unit.after]
         if bad:
             return Outcome(unit, NOT_REACHED, note=f"needs {bad[0]}")
-        if unit.name in self.refused:
-            return Outcome(unit, LEFT_OUT, note=self.refused[unit.name])
+        need, free = self.planned.get(unit.name, 0.0), free_memory()
+        if need > free:
+            note = f"needs {need / GB:.1f} GB of memory by the plan, and {free / GB:.1f} GB are free"
+            return Outcome(unit, LEFT_OUT, note=note)
         command = [sys.executable, "-m", "kedro", "run", "--env", self.world.name, "--conf-source", str(self.world.conf)]
         command += ["--pipelines", unit.pipeline, *(["--nodes", ",".join(unit.nodes)] if unit.nodes else [])]
         logs = self.world.folder / "logs" / f"{unit.name}.log"
