@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -316,6 +317,24 @@ def test_secrets_are_masked_wherever_they_stand(monkeypatch: pytest.MonkeyPatch,
     told = capsys.readouterr().err
     assert "http://***@host" in told and "ValueError: ***" in told and "sesame" not in told
     assert told.splitlines()[-2:] == ["[tscd_k4: lora_k4] 50 % done", "done"]
+
+
+def test_a_library_may_change_the_environment_while_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "abcdefgh")
+    done = threading.Event()
+
+    def toggle() -> None:
+        while not done.is_set():
+            os.environ["A_LIBRARYS_OWN"] = "1"
+            os.environ.pop("A_LIBRARYS_OWN")
+
+    thread = threading.Thread(target=toggle)
+    thread.start()
+    try:
+        assert {masked("abcdefgh") for _ in range(2000)} == {"***"}
+    finally:
+        done.set()
+        thread.join()
 
 
 # --- the sqlite file ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ def masked(text: str) -> str:
 
 
 def _secrets() -> Iterator[str]:
-    for name, value in os.environ.items():
+    for name in list(os.environ):  # not items(): a thread of a library may take a variable away meanwhile
+        value = os.environ.get(name, "")
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST:
             yield value
         for user_info in _USER_INFO.findall(value):

@@ -175,7 +175,7 @@ def _part(value: Any, tensors: list[Tensor], storages: Mapping[int, int]) -> _Pa
             return _Part(like=number)
     if type(value) is not FakeTensor:
         return None
-    form = _Part(None, tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.fake_device)
+    form = _Part(None, tuple(value.shape), value.stride(), int(value.storage_offset()), value.dtype, value.fake_device)
     like = storages.get(id(value.untyped_storage()))
     if like is not None:
         return form._replace(like=like) if isinstance(tensors[like], FakeTensor) else None
