@@ -7,12 +7,6 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-# quantiles of Student's t by degrees of freedom. Beyond ten the normal one is near enough
-_T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
-"""Two-sided 95 %."""
-_T80 = {1: 1.376, 2: 1.061, 3: 0.978, 4: 0.941, 5: 0.920, 6: 0.906, 7: 0.896, 8: 0.889, 9: 0.883, 10: 0.879}
-"""One-sided 80 %."""
-
 SHOWN = ("clip_score", "image_quality", "mask_ap", "held_out_reward", "trained_reward", "diversity")
 """Metrics of the comparisons besides the distance, where cells have them."""
 SEEDS = (3, 5, 10)
@@ -22,7 +16,7 @@ SEEDS = (3, 5, 10)
 def student_interval(values: pd.Series) -> tuple[float, float | None]:
     """The mean, and half of Student's 95 % interval. None for one value."""
     n = len(values)
-    return float(values.mean()), _T.get(n - 1, 1.96) * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+    return float(values.mean()), _quantile(0.975, n - 1) * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None
 
 
 def two_digits(half: float | None) -> str:
@@ -38,12 +32,12 @@ def smallest_effect(deviation: float, seeds: int) -> float:
     Args:
         deviation: ``s``, of a seed's difference. seeds: ``n``, two at least.
     """
-    return (_T.get(seeds - 1, 1.96) + _T80.get(seeds - 1, 0.842)) * deviation / math.sqrt(seeds)
+    return (_quantile(0.975, seeds - 1) + _quantile(0.8, seeds - 1)) * deviation / math.sqrt(seeds)
 
 
 def deviation_of(half: float, seeds: int) -> float:
     """The deviation of a seed's difference, from half of Student's 95 % interval of the mean over ``seeds`` seeds."""
-    return half * math.sqrt(seeds) / _T.get(seeds - 1, 1.96)
+    return half * math.sqrt(seeds) / _quantile(0.975, seeds - 1)
 
 
 def differences(results: pd.DataFrame, ours: str, other: str) -> pd.DataFrame:
@@ -84,3 +78,10 @@ def comparisons(results: pd.DataFrame, compare: Mapping[str, str]) -> str:
 
 def _shown(metric: str) -> bool:
     return metric in SHOWN or (metric.endswith("_recon") and "crop" not in metric)
+
+
+def _quantile(share: float, freedom: int) -> float:
+    """Student's t for a number of degrees of freedom."""
+    from scipy.stats import t
+
+    return float(t.ppf(share, freedom))
