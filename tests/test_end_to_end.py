@@ -282,13 +282,15 @@ def test_the_compatibility_report_is_made_of_the_run(smoke, run):
 def test_a_retraining_promotes_keeps_and_rolls_back_with_its_exit_codes(smoke):
     """As a scheduler sees it."""
 
-    def ended(*arguments: str) -> tuple[int, str]:
+    def ended(*arguments: str, **environment: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "kedro", *arguments, "--env", "smoke"]
-        done = subprocess.run(command, cwd=smoke, env=environment_of(PYTHONPATH=str(smoke / "src")), capture_output=True, text=True)
+        env = environment_of(PYTHONPATH=str(smoke / "src"), **environment)
+        done = subprocess.run(command, cwd=smoke, env=env, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
-    code, told = ended("run", "--pipelines", "retrain")
+    code, told = ended("run", "--pipelines", "retrain", HYPERSD_WEBHOOK="http://127.0.0.1:9/secret-path")
     assert code == 0 and "There was no champion" in told, told
+    assert told.count("The webhook of HYPERSD_WEBHOOK did not take the decision") == 1 and "secret-path" not in told
     code, told = ended("run", "--pipelines", "retrain")
     assert code == 10 and "The data did not change enough since version 1 was judged" in told and "Traceback" not in told, told
     code, told = ended("rollback")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from servers import Server
 
 from hypersd_pipeline.data.cache import LatentCache
 from hypersd_pipeline.data.config import DataConfig
@@ -140,18 +142,35 @@ def test_from_new_data_to_a_champion_and_back(world: World, monkeypatch: pytest.
     assert world.champion() == "1"
 
 
-def test_a_retraining_that_fails_leaves_the_champion_and_is_done_again(world: World, monkeypatch: pytest.MonkeyPatch):
-    source, before = world.data(16), world.champion()
+@pytest.fixture
+def served(world: World) -> Iterator[Server]:
+    """A server of MLflow whose database is that of the world. The world's registry is reached through it."""
+    server, direct = Server(world.folder / "mlflow.db"), world.models
+    server.start()
+    world.models = ModelRegistry("hypersd", world.folder / "retrain", server.uri)
+    yield server
+    world.models = direct
+    server.stop()
 
-    def broken(*_: object) -> None:
-        raise UserError("diffusers cannot sample with this LoRA.")
+
+def test_a_registry_that_goes_away_before_the_challenger_is_registered_costs_no_training_and_no_champion(
+    world: World, served: Server, monkeypatch: pytest.MonkeyPatch
+):
+    source, before, real = world.data(16), world.champion(), run.sample_in_diffusers
+
+    def then_it_goes_away(*arguments: Any) -> None:
+        real(*arguments)
+        served.stop()
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "sample_in_diffusers", broken)
-        with pytest.raises(UserError, match="diffusers cannot"):
+        patch.setattr(run, "sample_in_diffusers", then_it_goes_away)
+        with pytest.raises(
+            UserError, match=r"registry at http://127.0.0.1:\d+ cannot be used .*; start or correct it, and give the command again"
+        ):
             world.retrain(source)
     assert world.champion() == before
     points = len(world.points)
+    served.start()
     assert world.retrain(source).version is not None
     assert len(world.points) == points  # the stage was finished, and its checkpoint is used
 

@@ -61,7 +61,8 @@ class ModelRegistry:
             yield
         except MlflowException as error:
             raise UserError(
-                f"MLflow's model registry at {masked(self._uri)} cannot be used ({reason(error)}); start or correct it."
+                f"MLflow's model registry at {masked(self._uri)} cannot be used ({reason(error)}); "
+                "start or correct it, and give the command again."
             ) from error
 
     def version(self, alias: str) -> Version | None:
