@@ -1,5 +1,9 @@
 """The plan counts what the real code takes, refuses what does not fit, and names the batch that does."""
 
+import sys
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from tiny import write_teacher
@@ -12,9 +16,9 @@ from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.recipes.distil import make_adapters
 from hypersd_pipeline.recipes.plan.dry import bytes_of, dry_run
 from hypersd_pipeline.recipes.plan.hardware import PlanConfig
-from hypersd_pipeline.recipes.plan.needs import Needs, form_of, needs_of
-from hypersd_pipeline.recipes.plan.report import GB, caches_gb, largest_batch, make_plan, require_fit
-from hypersd_pipeline.recipes.rehearsal.run import UNITS
+from hypersd_pipeline.recipes.plan.needs import Needs, form_of, needs_at, needs_of
+from hypersd_pipeline.recipes.plan.report import GB, about_the_largest, caches_gb, largest_batch, make_plan, require_fit
+from hypersd_pipeline.recipes.rehearsal.run import UNITS, measured
 from hypersd_pipeline.training.config import StageConfig, changed
 
 GPU = {"memory_gib": 24, "bf16_tflops": 100, "fp32_tflops": 50, "dollars_an_hour": 2, "sources": ["a test"]}
@@ -77,6 +81,31 @@ def test_activations_grow_with_the_batch_and_the_largest_batch_fits(teacher, sta
     assert largest_batch(needs, small, small.static / 2) == 0
 
 
+def test_a_plan_counts_a_pass_of_about_as_many_images_as_fit(teacher, stage, needs):
+    told, usable = description(teacher), needs.static + 2.6 * needs.activations
+    _, other = needs_at("tscd_k4", stage, teacher, told, then=partial(about_the_largest, usable=usable))
+    assert needs.batch < other.batch <= largest_batch(needs, other, usable)
+    assert about_the_largest(needs, needs.peak) == 5  # four are counted already
+    assert about_the_largest(needs, needs.static / 2) == 1
+    assert about_the_largest(replace(needs, static=0, peak=0), 10**12) == 4096
+
+
+def test_a_network_is_loaded_in_the_type_of_its_file_too(teacher, stage, needs):
+    told = description(teacher)
+    half = needs_of("tscd_k4", stage, changed(teacher, variant="fp16"), told)
+    assert half.peak == needs.peak
+    frozen = needs.parameters - 2 * needs.trained
+    assert half.loading == 6 * frozen  # 4 bytes of float32, 2 of the file
+
+
+def test_a_command_of_a_large_process_has_a_peak_of_its_own(tmp_path):
+    large = b"1" * 300_000_000
+    code, seconds, peak = measured([sys.executable, "-IS", "-c", "print('said'); raise SystemExit(3)"], tmp_path / "logs" / "part.log")
+    assert (code, len(large)) == (3, 300_000_000) and 0 < seconds
+    assert 2e6 < peak < 1e8
+    assert (tmp_path / "logs" / "part.log").read_text() == "said\n"
+
+
 def test_stages_that_differ_in_weights_need_the_same(stage):
     assert form_of("tscd_k4", stage) == form_of("tscd_k1", changed(stage, terms={"consistency": {"segments": 1, "weight": 0.5}}))
     assert form_of("tscd_k4", stage) != form_of("tscd_k4", changed(stage, lora={"rank": 8}))
@@ -84,7 +113,7 @@ def test_stages_that_differ_in_weights_need_the_same(stage):
 
 def test_a_plan_has_hours_cost_and_disk_and_refuses_what_does_not_fit(tmp_path, teacher, stage, needs):
     data = DataConfig(source=FolderSource(kind="folder", root=str(tmp_path), splits={"train": {"share": [0.0, 1.0]}}))
-    table, text = make_plan(plan(utilisation=0.5), teacher, data, {"tscd_k4": stage})
+    table, text = make_plan(plan(utilisation=0.5), teacher, data, 4, {"tscd_k4": stage})
     hours = 1000 * 2 * needs.operations / (50e12 * 0.5) / 3600
     line = table.iloc[0]
     assert line["hours"] == pytest.approx(hours, abs=0.01) and line["fits"] and line["largest_batch"] > 4
@@ -93,7 +122,7 @@ def test_a_plan_has_hours_cost_and_disk_and_refuses_what_does_not_fit(tmp_path, 
     assert latents == 100 * 2 * 4 * 8 * 8 * 4 / GB and texts == 100 * 77 * 32 * 4 / GB
     require_fit(plan(), table)
     tight = plan(memory_gib=0.002, reserved_gib=0.0)
-    table, _ = make_plan(tight, teacher, data, {"tscd_k4": stage})
+    table, _ = make_plan(tight, teacher, data, 4, {"tscd_k4": stage})
     with pytest.raises(UserError, match=r"tscd_k4 needs .* a small has"):
         require_fit(tight, table)
     require_fit(plan(memory_gib=0.002, reserved_gib=0.0, refuse=False), table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -191,7 +192,8 @@ def dry_run() -> Iterator[Meter]:
     before = nn.Module._apply
     nn.Module._apply = _replace  # type: ignore[method-assign,assignment]
     try:
-        with no_init_weights(), Meter() as meter:
+        with warnings.catch_warnings(), no_init_weights(), Meter() as meter:
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copies ask whether there is one
             yield meter
     finally:
         nn.Module._apply = before  # type: ignore[method-assign]

@@ -18,6 +18,7 @@ from hypersd_pipeline.data.memory import MemoryRows
 from hypersd_pipeline.data.trajectories import NoisePairs
 from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.draws import Draws
+from hypersd_pipeline.evaluation.probe import Judges, Probe
 from hypersd_pipeline.files import write_text
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.models.public import build, default_dtype
@@ -33,6 +34,7 @@ from hypersd_pipeline.training.config import FeedbackConfig, OneStepConfig, Stag
 from hypersd_pipeline.training.cost import prepared_forwards
 from hypersd_pipeline.training.critic import Critic
 from hypersd_pipeline.training.ema import ema_update
+from hypersd_pipeline.training.guard import Guard
 from hypersd_pipeline.training.loop import make_optimizer
 from hypersd_pipeline.training.stage import Stage, build_stage
 from hypersd_pipeline.training.terms import AdversarialConfig, MatchingConfig, PerceptualConfig, RewardTermConfig
@@ -40,6 +42,8 @@ from hypersd_pipeline.training.terms import AdversarialConfig, MatchingConfig, P
 UNET = "one_step_unet"
 _TOKENS = 77
 _ROWS = 4
+_VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""Types of the weights in files of a variant."""
 _OF_TIME = {"steps", "learning_rate", "schedule", "warmup_steps", "seed"}
 
 
@@ -49,7 +53,8 @@ class Needs:
 
     Attributes:
         batch: images of a pass. parameters: of all networks. trained: of those, what the student's optimiser moves.
-        static: bytes between two passes: weights, moments, gradients that are kept. peak: bytes at the worst moment.
+        loading: bytes at the worst moment of loading, on the CPU: a network in the type of its file and in that in which it is held.
+        static: bytes between two passes: weights, moments, gradients that are kept. peak: bytes at the worst moment of a pass.
         operations: floating-point operations of a pass. forward: of one pass of the frozen network without gradients.
         checkpoint: bytes of one checkpoint.
     """
@@ -57,6 +62,7 @@ class Needs:
     batch: int
     parameters: int
     trained: int
+    loading: int
     static: int
     peak: int
     operations: int
@@ -77,6 +83,7 @@ class _Built:
         stage_of: builds the stage for so many images a pass, on the same networks.
         networks: all but the heads of a discriminator. student: what the main optimiser moves.
         modules: what a checkpoint holds besides optimisers and opponents.
+        judge: what the guard of feedback learning does with so many images. Nothing in other stages.
     """
 
     stage_of: Callable[[int], Stage]
@@ -85,33 +92,59 @@ class _Built:
     student: Sequence[nn.Parameter]
     after_update: Callable[[], None]
     modules: Sequence[Any]
+    judge: Callable[[int], None]
 
 
-def needs_of(key: str, stage: StageConfig, teacher: TeacherConfig, told: Mapping[str, Any], batch: int | None = None) -> Needs:
-    """See `needs_at`. batch: None is the configuration's, for one process."""
-    return needs_at(key, stage, teacher, told, [batch or stage.loop.batch_size // stage.loop.accumulate])[0]
+def needs_of(
+    key: str, stage: StageConfig, teacher: TeacherConfig, told: Mapping[str, Any], batch: int | None = None, judged: int = 1
+) -> Needs:
+    """See `needs_at`, for one number of images."""
+    return needs_at(key, stage, teacher, told, batch, judged=judged)[0]
 
 
-def needs_at(key: str, stage: StageConfig, teacher: TeacherConfig, told: Mapping[str, Any], batches: Sequence[int]) -> list[Needs]:
-    """Build the stage and run a pass of it for each number of images, with everything in place, on tensors without memory.
+def needs_at(
+    key: str,
+    stage: StageConfig,
+    teacher: TeacherConfig,
+    told: Mapping[str, Any],
+    batch: int | None = None,
+    then: Callable[[Needs], int] | None = None,
+    judged: int = 1,
+) -> list[Needs]:
+    """Build the stage and run a pass of it with everything in place, on tensors without memory.
 
     Args:
         key: such as ``tscd_k8``. told: the teacher's architecture, see `description`.
-        batches: images of a pass.
+        batch: images of a pass. None: the configuration's, for one process.
+        then: the images of a second pass, from the needs of the first. None: there is no second.
+        judged: images that the guard of feedback learning makes and judges at a time.
     """
     passes = stage.loop.accumulate
-    stage = changed(stage, loop={"batch_size": batches[0] * passes, "compile": False}, terms=_without_warm_up(stage))
+    batch = batch or stage.loop.batch_size // passes
+    stage = changed(stage, loop={"batch_size": batch * passes, "compile": False}, terms=_without_warm_up(stage))
     model = blank_teacher(teacher, told)
     with dry_run() as meter:
         built = _build(key, stage, model, told)
+        loading = meter.peak
         optimizer = make_optimizer(list(built.student), stage.loop)
         _settle([optimizer], keep=passes > 1)
         built.after_update()
-        return [_measured(meter, built, optimizer, stage, model, told, batch) for batch in batches]
+        found = [_measured(meter, built, optimizer, stage, model, told, batch, loading, judged)]
+        if then is not None:
+            found.append(_measured(meter, built, optimizer, stage, model, told, then(found[0]), loading, judged))
+    return found
 
 
 def _measured(
-    meter: Meter, built: _Built, optimizer: torch.optim.Optimizer, stage: StageConfig, model: Teacher, told: Mapping[str, Any], batch: int
+    meter: Meter,
+    built: _Built,
+    optimizer: torch.optim.Optimizer,
+    stage: StageConfig,
+    model: Teacher,
+    told: Mapping[str, Any],
+    batch: int,
+    loading: int,
+    judged: int,
 ) -> Needs:
     """The needs of a stage that has made an update."""
     half = stage.loop.mixed_precision == "bf16"
@@ -130,6 +163,9 @@ def _measured(
     (loss / stage.loop.accumulate).backward()  # type: ignore[no-untyped-call]
     del loss
     peak, operations = meter.peak, meter.operations
+    meter.reset()
+    built.judge(judged)
+    peak = max(peak, meter.peak)
     heads = [made.adversary.head] if made.adversary is not None else []
     parameters = sum(p.numel() for p in {id(p): p for network in (*built.networks(), *heads) for p in network.parameters()}.values())
     held = [part.state_dict() for part in (*built.modules, *opponents.values())]
@@ -142,7 +178,7 @@ def _measured(
     trained = sum(p.numel() for p in built.student)
     if stage.loop.accumulate == 1:
         optimizer.zero_grad()
-    return Needs(batch, parameters, trained, static, peak, operations, forward, checkpoint)
+    return Needs(batch, parameters, trained, loading, static, peak, operations, forward, checkpoint)
 
 
 def _settle(optimizers: Iterable[torch.optim.Optimizer], *, keep: bool) -> None:
@@ -207,25 +243,28 @@ def _conditioning(told: Mapping[str, Any], n: int) -> Conditioning:
 
 def _build(key: str, stage: StageConfig, model: Teacher, told: Mapping[str, Any]) -> _Built:
     """What the stage's recipe builds, without its files."""
-    component = model._family.component
-    model._backbone = model._family(_network(told["networks"][component], model.config.dtype))
-    networks: list[nn.Module] = [model.backbone.module]
-    if stage.needs_images or isinstance(stage, FeedbackConfig):
-        model._vae = _network(told["networks"]["vae"], model.config.vae_dtype)
-        networks.append(model.vae)
     rewards = {name: _Judge(term.reward) for name, term in stage.active().items() if isinstance(term, RewardTermConfig)}
     terms = {name: term.model_copy(update={"reward": rewards[name]}) if name in rewards else term for name, term in stage.terms.items()}
     stage = stage.model_copy(update={"terms": terms})
     perceptual = stage.one(PerceptualConfig)
     segmenter = None if perceptual is None else _Segmenter(perceptual)
-    held_out = blank_reward(stage.held_out) if isinstance(stage, FeedbackConfig) else None
+    held_out = None
+    if isinstance(stage, FeedbackConfig):  # loads its judges before its networks
+        for reward in rewards.values():
+            reward.load(model.device)
+        held_out = blank_reward(stage.held_out)
+    model._backbone = model._family(_network(model._family.component, told, model, model.config.dtype))
+    networks: list[nn.Module] = [model.backbone.module]
+    if stage.needs_images or isinstance(stage, FeedbackConfig):
+        model._vae = _network("vae", told, model, model.config.vae_dtype)
+        networks.append(model.vae)
     latents: Any = _Latents(_rows(model, told))
     pairs = NoisePairs(torch.empty(_ROWS, *model.latent_shape), torch.empty(_ROWS, *model.latent_shape), torch.arange(_ROWS))
     more: dict[str, Any] = {"pairs": pairs, "perceptual": segmenter, "annotated": _Annotated(model.resolution)}
     if key == UNET and isinstance(stage, OneStepConfig):
         backbone, average, adapters = unet_networks(model, stage, None)
         student, averaged = list(backbone.module.parameters()), list(average.parameters())
-        denoiser, ready = Denoiser(backbone, model.process), _nothing
+        denoiser, ready, judge = Denoiser(backbone, model.process), _nothing, _nothing
         networks += [backbone.module, average]
         modules: list[Any] = [adapters, backbone.module, average]
     else:
@@ -234,7 +273,12 @@ def _build(key: str, stage: StageConfig, model: Teacher, told: Mapping[str, Any]
         student = adapters.parameters(name)
         averaged = adapters.parameters("ema") if "ema" in adapters.names else []
         denoiser, ready = adapters.denoiser(name), partial(adapters.use, name)
-        modules = [adapters]
+        modules, judge = [adapters], _nothing
+    if isinstance(stage, FeedbackConfig):
+        assert held_out is not None
+        modules.append(Guard(stage.guard, dict, student, _nothing, stage.loop.steps, scores=lambda: torch.empty(0)))
+        judges = Judges([(reward.network, 1.0) for reward in rewards.values()], held_out)
+        judge = partial(_judge, model, judges, denoiser.in_bf16(stage.loop.mixed_precision == "bf16"), stage, told)
     context = context_of(stage, model, adapters, latents, denoiser, **more)
     networks += [n for n in (held_out, segmenter.network if segmenter else None) if isinstance(n, nn.Module)]
 
@@ -248,11 +292,22 @@ def _build(key: str, stage: StageConfig, model: Teacher, told: Mapping[str, Any]
     def stage_of(batch: int) -> Stage:
         return build_stage(stage, replace(context, batch=batch), ready)
 
-    return _Built(stage_of, adapters, all_networks, student, after_update, modules)
+    return _Built(stage_of, adapters, all_networks, student, after_update, modules, judge)
 
 
-def _nothing() -> None:
-    """What a UNet of its own needs at the end of a pass."""
+def _nothing(*_: Any) -> None:
+    """What a stage does not need."""
+
+
+def _judge(model: Teacher, judges: Judges, denoiser: Denoiser, stage: FeedbackConfig, told: Mapping[str, Any], images: int) -> None:
+    """A measurement of the guard, of as many prompts as it samples at a time. The small network of its features is left out."""
+    cond = _conditioning(told, images)
+    probe = Probe(model, judges, _no_features, ["a"] * images, cond, stage.sample.steps, 0, stage.guard.variants, images)  # type: ignore[arg-type]
+    probe.measure(denoiser)
+
+
+def _no_features(images: Tensor) -> Tensor:
+    return torch.empty(len(images), 1)
 
 
 def _adapters(model: Teacher, stage: StageConfig) -> AdaptedBackbone:
@@ -264,9 +319,20 @@ def _adapters(model: Teacher, stage: StageConfig) -> AdaptedBackbone:
     return make_adapters(model, stage)
 
 
-def _network(network: Mapping[str, Any], dtype: str) -> Any:
+def _network(name: str, told: Mapping[str, Any], model: Teacher, dtype: str) -> Any:
+    """A network as it is loaded. Where its file has another type, that is in memory too until all is converted."""
     with default_dtype(getattr(torch, dtype)):
-        return build(network).requires_grad_(False).eval()
+        network = build(told["networks"][name]).requires_grad_(False).eval()
+    stored = _VARIANTS.get(model.config.variant or "", torch.float32)
+    if stored != getattr(torch, dtype):
+        whole = sum(parameter.numel() for parameter in network.parameters()) * stored.itemsize
+        torch.empty(_largest_file(Path(model.config.source).expanduser() / name, model.config.variant) or whole, dtype=torch.uint8)
+    return network
+
+
+def _largest_file(folder: Path, variant: str | None) -> int:
+    """Bytes of the largest file of weights, of which one at a time is read. 0: the network is not here yet."""
+    return max((file.stat().st_size for file in folder.glob(f"*{variant or ''}*.safetensors")), default=0)
 
 
 def _rows(model: Teacher, told: Mapping[str, Any]) -> MemoryRows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -23,10 +24,16 @@ log = logging.getLogger(__name__)
 GB = 1e9
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TOKENS = 77
+_MOST = 4096  # images of a pass that are counted, for networks so small that any number fits
 
 
-def make_plan(config: PlanConfig, teacher: TeacherConfig, data: DataConfig, stages: Mapping[str, StageConfig]) -> tuple[pd.DataFrame, str]:
+def make_plan(
+    config: PlanConfig, teacher: TeacherConfig, data: DataConfig, judged: int, stages: Mapping[str, StageConfig]
+) -> tuple[pd.DataFrame, str]:
     """Plan all stages.
+
+    Args:
+        judged: images that the guard of feedback learning makes and judges at a time: ``evaluation.batch_size``.
 
     Returns:
         A line for each stage: ``stage``, ``parameters_m``, ``trained_m`` (millions), ``static_gb``, ``activations_gb``, ``peak_gb``,
@@ -45,12 +52,18 @@ def make_plan(config: PlanConfig, teacher: TeacherConfig, data: DataConfig, stag
         form = form_of(key, stage)
         if form not in known:
             log.info("Plan: %s with %d images a pass", key, batch)
-            other = batch // 2 or 2
-            at, smaller = needs_at(key, stage, teacher, told, [batch, other])
-            known[form] = at, smaller
+            at, other = needs_at(key, stage, teacher, told, batch, partial(about_the_largest, usable=config.usable), judged)
+            known[form] = at, other
         lines.append(_line(key, whole, config, *known[form]))
     table = pd.DataFrame(lines)
     return table, _text(config, teacher, data, told, table)
+
+
+def about_the_largest(at: Needs, usable: float) -> int:
+    """Images of a pass that might just fit, but never as many as were counted already. Its needs tell how good the guess was."""
+    guess = math.floor((usable - at.static) / max(at.activations / at.batch, 1.0))
+    guess = max(1, min(guess, _MOST))
+    return guess if guess != at.batch else guess + 1
 
 
 def largest_batch(at: Needs, other: Needs, usable: float) -> int:

@@ -11,7 +11,7 @@ from hypersd_pipeline.models.public import description
 from hypersd_pipeline.recipes.plan.needs import form_of, needs_of
 from hypersd_pipeline.recipes.rehearsal import run
 from hypersd_pipeline.recipes.rehearsal.run import FAILED, GB, PASSED, UNITS, Outcome, Rehearsal, Unit
-from hypersd_pipeline.recipes.rehearsal.world import Environment, RehearsalConfig, World, make_world
+from hypersd_pipeline.recipes.rehearsal.world import BATCH, Environment, RehearsalConfig, World, make_world
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def rehearse(config: RehearsalConfig, environment: Environment) -> tuple[pd.Data
 
     Returns:
         A line for each unit (``stage``, ``result``, ``seconds``, ``peak_gb``, ``plan_gb``, ``ratio``, ``note``), and the same for reading.
-        ``plan_gb`` is the plan's peak and what a process takes that only imports.
+        ``plan_gb`` is the plan's peak, of a pass or of loading, and what a process takes that only imports.
 
     Raises:
         UserError: see `make_world`.
@@ -49,7 +49,8 @@ def _planned(units: list[Unit], world: World) -> dict[str, float]:
             form = form_of(key, stage)
             if form not in known:
                 log.info("Plan of the rehearsal: %s", key)
-                known[form] = needs_of(key, stage, world.teacher, told).peak
+                needs = needs_of(key, stage, world.teacher, told, judged=BATCH)
+                known[form] = max(needs.peak, needs.loading)
             planned[unit.name] = imports + known[form]
     return planned
 

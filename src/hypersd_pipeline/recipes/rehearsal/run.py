@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -132,15 +133,17 @@ def measured(command: Sequence[str], logs: Path) -> tuple[int, float, float]:
     """
     logs.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with open(logs, "wb") as file:
-        process = subprocess.Popen(list(command), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HYPERSD_TRACKING": "offline"})
+    launcher = [sys.executable, "-IS", str(Path(__file__).with_name("measure.py")), str(logs), *command]
+    with subprocess.Popen(launcher, stdout=subprocess.PIPE, env={**os.environ, "HYPERSD_TRACKING": "offline"}) as process:
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            said, _ = process.communicate()
         except BaseException:
             process.terminate()
             raise
-    code = process.returncode = os.waitstatus_to_exitcode(status)
-    return code, time.perf_counter() - began, float(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+    if process.returncode:  # it was ended itself
+        return process.returncode, time.perf_counter() - began, 0.0
+    found = json.loads(said)
+    return found["code"], time.perf_counter() - began, float(found["peak"])
 
 
 def fault(logs: Path, code: int) -> str:

@@ -27,6 +27,8 @@ from hypersd_pipeline.training.terms import AdversarialConfig, MatchingConfig, P
 
 SPLITS = {"train": 12, "val": 4, "test": 6}
 """Images of each split."""
+BATCH = 2
+"""Images that are evaluated at a time."""
 WORDS = ("a red apple", "two cats on a sofa", "a green tree", "a house by the sea")
 
 
@@ -165,7 +167,7 @@ def _stage(key: str, stage: StageConfig, config: RehearsalConfig, judges: Random
 
 def _evaluation(evaluation: EvaluationConfig, leave_out: Iterable[str], judges: RandomJudges) -> Values:
     values: Values = {
-        "samples": 4, "unseen_samples": 4, "batch_size": 2, "student_steps": [1, 4], "teacher_steps": [1, 4], "bootstrap": 100,
+        "samples": 4, "unseen_samples": 4, "batch_size": BATCH, "student_steps": [1, 4], "teacher_steps": [1, 4], "bootstrap": 100,
         "grid_prompts": 2,
     }  # fmt: skip
     for name, section in (("features", judges.features(evaluation.features)), ("clip", judges.clip(evaluation.clip))):
