@@ -50,7 +50,7 @@ def sentence(folder: Path, env: str | None = None, params: dict[str, Any] | None
     with pytest.raises(UserError) as refusal:
         loader(folder, env, params)["parameters"]
     text = str(refusal.value)
-    assert text.endswith(".") and "\n" not in text
+    assert text.endswith((".", "?")) and "\n" not in text
     return text
 
 
@@ -344,6 +344,11 @@ def test_only_parameters_know_like(conf):
     [
         ("a: {x: {like: c}}\nb: {y: 1}", "a.x.like: there is no section 'c'; choose one of a, b."),
         ("a: {like: b.z}\nb: {y: {}}", "a.like: there is no section 'b.z'; choose one of y."),
+        ("a: {like: steps}\nstep: {y: {}}", "a.like: there is no section 'steps'; did you mean 'step'?"),
+        (
+            "a: {like: z}\n" + "\n".join(f"section_{i}: {{y: {{}}}}" for i in range(60)),
+            "a.like: there is no section 'z'; correct the path.",
+        ),
         ("a: {like: b.z.t}\nb: {y: 1}", "a.like: there is no section 'b.z'; correct the path."),
         ("a: {like: ''}", "a.like: '' is no name; write the dotted path of a section, for instance `like: tscd`."),
         ("a: {like: 5}", "a.like: 5 is no name; write the dotted path of a section, for instance `like: tscd`."),

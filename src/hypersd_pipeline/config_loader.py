@@ -259,8 +259,8 @@ class _Likes:
             if LIKE in value:  # `part` may come from the section that this one is like
                 value = self.expand(value, parts[:depth], waiting)
             if part not in value:
-                known = ", ".join(sorted(str(key) for key, item in value.items() if isinstance(item, dict)))
-                cure = f"choose one of {known}" if known else "correct the path"
+                known = sorted(str(key) for key, item in value.items() if isinstance(item, dict))
+                cure = sections.nearest(part, known, "choose one of", "correct the path")
                 raise self._error(path, f"there is no section '{'.'.join(parts[: depth + 1])}'; {cure}")
             value = value[part]
             if not isinstance(value, dict):
@@ -269,7 +269,7 @@ class _Likes:
 
     def _error(self, path: _Path, problem: str) -> UserError:
         key = [*path, LIKE]
-        return UserError(f"{self.source(key)}: {'.'.join(key)}: {problem}.")
+        return UserError(f"{self.source(key)}: {'.'.join(key)}: {problem}{'' if problem.endswith('?') else '.'}")
 
 
 def _circle(path: _Path, waiting: Mapping[_Path, str]) -> str:

@@ -51,11 +51,13 @@ def named_elsewhere(written: Any) -> Iterator[tuple[str, ...]]:
             yield tuple(name.strip().strip(".").split("."))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The second half of a sentence about a key that is unknown: the name that was probably meant, or all names."""
+def nearest(
+    name: str, known: Iterable[str], choose: str = "remove it, or use one of", correct: str = "correct its spelling or remove it"
+) -> str:
+    """The second half of a sentence about a key that is unknown: the name that was probably meant, or all names where they are few."""
     names = list(known)
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
     listed = ", ".join(names)
-    return f"remove it, or use one of {listed}" if 0 < len(listed) <= 450 else "correct its spelling or remove it"
+    return f"{choose} {listed}" if 0 < len(listed) <= 450 else correct

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -22,17 +21,18 @@ ALWAYS = 7_500_000
 """A sum of so many multiplications or fewer is made whatever the count says: it takes less time than the calls that it saves."""
 
 
-_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+_plain = False  # a global, and no context variable: torch.compile cannot see through one
 
 
 @contextmanager
 def in_plain_operations() -> Iterator[None]:
     """Inside, LoRA layers compute with operations of PyTorch alone, which know derivatives along a direction (``torch.func.jvp``)."""
-    token = _PLAIN.set(True)
+    global _plain
+    before, _plain = _plain, True
     try:
         yield
     finally:
-        _PLAIN.reset(token)
+        _plain = before
 
 
 class Ways(NamedTuple):
@@ -83,7 +83,7 @@ def adapted(base: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     bias = None if base.bias is None else base.bias.to(dtype)
     x, weight, a, b = x.to(dtype), base.weight.to(dtype), a.to(dtype), b.to(dtype)
     with torch.autocast(device, enabled=False) if cast else nullcontext():
-        if _PLAIN.get():
+        if _plain:
             return _plainly(base, x, weight, bias, a, b)
         if isinstance(base, nn.Linear):
             ways = _ways(dtype, x.numel() // x.shape[-1], a, b)
