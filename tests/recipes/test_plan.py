@@ -11,7 +11,7 @@ from torch import nn
 
 from hypersd_pipeline.data.config import DataConfig, FolderSource
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.public import build, count, description, public
+from hypersd_pipeline.models.public import build, count, default_dtype, description, public
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.recipes.distil import make_adapters
 from hypersd_pipeline.recipes.plan import ask as ask_module
@@ -61,6 +61,13 @@ def test_a_dry_run_counts_what_lives_and_what_died():
         layer.double()
         assert meter.now == 4 * (2 * 200 + 50 + 100) and bytes_of([y, y]) == 400
     assert nn.Linear(2, 2).double().weight.dtype == torch.float64  # outside everything is as before
+
+
+def test_a_remembered_result_has_the_type_that_is_the_default_now():
+    with dry_run():
+        for dtype in (torch.bfloat16, torch.float32):
+            with default_dtype(dtype):
+                assert nn.Linear(3, 7).bias.dtype == dtype
 
 
 def test_static_memory_and_checkpoint_are_those_of_the_real_objects(teacher, stage, needs):
