@@ -440,6 +440,37 @@ def _check_precision(key: str, stage: StageConfig, teacher: Any) -> None:
         )
 
 
+def check_room(pipeline: Pipeline, catalog: CatalogProtocol) -> None:
+    """Check that the stages that `pipeline` trains fit into the memory, where the teacher is large. ``plan.refuse: false`` leaves it out.
+
+    Raises:
+        UserError: naming the stage, what it needs and what there is, and the cure.
+    """
+    from hypersd_pipeline.metrics.config import EvaluationConfig
+    from hypersd_pipeline.models.teacher import TeacherConfig
+    from hypersd_pipeline.pipelines.nodes import STAGES
+    from hypersd_pipeline.recipes.plan.hardware import PlanConfig
+    from hypersd_pipeline.training.config import StageConfig
+    from hypersd_pipeline.training.distributed import ComputeConfig
+
+    names = {node.name for node in pipeline.nodes}
+    keys = [key for key in STAGES if f"{key}.train" in names]
+    if not keys or "params:plan" not in catalog:
+        return
+
+    def typed(section: str, model: Any) -> Any:
+        value = catalog.load(f"params:{section}")
+        return value if isinstance(value, BaseModel) else model.model_validate(value)
+
+    plan, teacher = typed("plan", PlanConfig), typed("teacher", TeacherConfig)
+    if not plan.refuse or teacher.source == "shipped":
+        return
+    from hypersd_pipeline.recipes.plan.ask import require_room
+
+    stages = {key: typed(f"{key}.stage", StageConfig) for key in keys}
+    require_room(plan, teacher, typed("compute", ComputeConfig), typed("evaluation", EvaluationConfig).batch_size, stages)
+
+
 def check_judges(pipeline: Pipeline, typed: Mapping[str, Any]) -> None:
     """Check the weights of every reward, segmenter and metric of `pipeline`, before stages that may train for days.
 

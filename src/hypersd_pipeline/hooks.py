@@ -84,6 +84,7 @@ class ChecksHook:
         checks.check_inputs(pipeline, catalog, run_params["env"])
         checks.check_starts(pipeline, catalog)
         checks.check_models(pipeline, catalog)
+        checks.check_room(pipeline, catalog)
 
 
 class ClusterHook:

@@ -28,7 +28,7 @@ from hypersd_pipeline.recipes.feedback import AnnotatedData
 from hypersd_pipeline.recipes.prepare import cache_latents, generate_dataset, validate_rows
 from hypersd_pipeline.recipes.stage import Outputs
 from hypersd_pipeline.recipes.tradeoff import measure_tradeoff
-from hypersd_pipeline.rewards.text_image import TextImageHead, TextImageHeadConfig, save_text_image
+from hypersd_pipeline.rewards.text_image import TextImageConfig, TextImageHead, TextImageHeadConfig, save_text_image
 from hypersd_pipeline.training.checkpoints import CheckpointStore
 from hypersd_pipeline.training.config import FeedbackConfig, changed
 
@@ -93,10 +93,13 @@ def train(world, path, stream=lambda values, step: None, terms=None, **changes):
     return recipe.train_feedback(source, teacher, EVALUATION, lora, stage, Outputs(CheckpointStore(path), stream))
 
 
-def test_trains_merges_and_measures(world, tmp_path):
+def test_trains_merges_and_measures(world, tmp_path, monkeypatch):
     source, teacher, reference, lora, stage = world
-    seen = {}
+    seen, loaded, load = {}, [], TextImageConfig.load
+    monkeypatch.setattr(TextImageConfig, "load", lambda config, device: loaded.append(config) or load(config, device))
     feedback, report = train(world, tmp_path, lambda values, step: seen.setdefault(step, {}).update(values))
+    judges = (stage.held_out, stage.rewards[1].reward)
+    assert sorted(str(config.weights) for config in loaded) == sorted(str(config.weights) for config in judges)  # each of them once
     assert {"guard/held_out_reward", "guard/diversity", "guard/distance"} <= seen[0].keys() and seen[0]["guard/distance"] < 1e-5
     assert {"reward_shipped_quality", "reward_text_image", "perceptual", "anchor"} <= seen[1].keys() and 4 in seen
     assert report["ended_by_guard"] == 0 and report["before/trained_reward"] == seen[0]["guard/trained_reward"]

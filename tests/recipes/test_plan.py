@@ -11,15 +11,18 @@ from torch import nn
 
 from hypersd_pipeline.data.config import DataConfig, FolderSource
 from hypersd_pipeline.errors import UserError
-from hypersd_pipeline.models.public import build, count, description, public
+from hypersd_pipeline.models.public import build, count, default_dtype, description, public
 from hypersd_pipeline.models.teacher import TeacherConfig, load_teacher
 from hypersd_pipeline.recipes.distil import make_adapters
+from hypersd_pipeline.recipes.plan import ask as ask_module
+from hypersd_pipeline.recipes.plan.ask import require_room
 from hypersd_pipeline.recipes.plan.dry import bytes_of, dry_run
 from hypersd_pipeline.recipes.plan.hardware import PlanConfig
 from hypersd_pipeline.recipes.plan.needs import Needs, form_of, needs_at, needs_of
 from hypersd_pipeline.recipes.plan.report import GB, about_the_largest, caches_gb, largest_batch, make_plan, require_fit
 from hypersd_pipeline.recipes.rehearsal.run import UNITS, measured
 from hypersd_pipeline.training.config import StageConfig, changed
+from hypersd_pipeline.training.distributed import ComputeConfig
 
 GPU = {"memory_gib": 24, "bf16_tflops": 100, "fp32_tflops": 50, "dollars_an_hour": 2, "sources": ["a test"]}
 
@@ -60,6 +63,13 @@ def test_a_dry_run_counts_what_lives_and_what_died():
     assert nn.Linear(2, 2).double().weight.dtype == torch.float64  # outside everything is as before
 
 
+def test_a_remembered_result_has_the_type_that_is_the_default_now():
+    with dry_run():
+        for dtype in (torch.bfloat16, torch.float32):
+            with default_dtype(dtype):
+                assert nn.Linear(3, 7).bias.dtype == dtype
+
+
 def test_static_memory_and_checkpoint_are_those_of_the_real_objects(teacher, stage, needs):
     model = load_teacher(teacher, parts=("backbone",))
     adapters = make_adapters(model, stage)
@@ -88,6 +98,18 @@ def test_a_plan_counts_a_pass_of_about_as_many_images_as_fit(teacher, stage, nee
     assert about_the_largest(needs, needs.peak) == 5  # four are counted already
     assert about_the_largest(needs, needs.static / 2) == 1
     assert about_the_largest(replace(needs, static=0, peak=0), 10**12) == 4096
+
+
+def test_a_training_that_does_not_fit_is_refused_before_it_starts(teacher, stage, monkeypatch):
+    def ask(free: float, small: int = 0) -> None:
+        monkeypatch.setattr(ask_module, "free_memory", lambda device: free)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        require_room(plan(), teacher, ComputeConfig(processes=1), 2, {"tscd_k4": stage}, small)
+
+    ask(1e9)
+    with pytest.raises(UserError, match=r"^tscd_k4.stage: needs 0\.8 GB with 4 images a pass, and .* has 0\.1 GB free; raise loop"):
+        ask(1e8)
+    ask(1e8, small=10**6)  # nothing is counted for a small network
 
 
 def test_a_network_is_loaded_in_the_type_of_its_file_too(teacher, stage, needs):

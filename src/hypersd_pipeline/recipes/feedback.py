@@ -68,10 +68,12 @@ def train_feedback(
         last=stage.loop.steps,
         scores=lambda: probe.held_out,
     )
+    rewards = [(term.reward, reward) for term, (reward, _) in zip(stage.rewards, judges.trained, strict=True)]
+    annotated = _annotated(source, stage, model, perceptual)
     report = run_stage(
         "feedback",
         stage,
-        context_of(stage, model, adapters, latents, student, annotated=_annotated(source, stage, model, perceptual), perceptual=perceptual),
+        context_of(stage, model, adapters, latents, student, annotated=annotated, perceptual=perceptual, rewards=rewards),
         outputs,
         accelerator,
         parameters=weights,

@@ -57,7 +57,7 @@ class Meter(TorchDispatchMode):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         tensors: list[Tensor] = []
-        key = (func, _told(args, tensors), _told(tuple(kwargs.items()), tensors) if kwargs else None)
+        key = (func, _told(args, tensors), _told(tuple(kwargs.items()), tensors) if kwargs else None, torch.get_default_dtype())
         outcome = _KNOWN.get(key)
         if outcome is None:
             with self._fake:
@@ -159,7 +159,7 @@ def _operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None,
 def _observed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, key: Any, tensors: list[Tensor], out: Any) -> Any:
     """How to repeat what an operation gave. Nothing where an input was changed in its form, or a result has another one than is known."""
     again: list[Tensor] = []
-    if (func, _told(args, again), _told(tuple(kwargs.items()), again) if kwargs else None) != key:
+    if (func, _told(args, again), _told(tuple(kwargs.items()), again) if kwargs else None) != key[:3]:
         return ()
     storages = {id(tensor.untyped_storage()): number for number, tensor in enumerate(tensors)}
     parts = [_part(value, tensors, storages) for value in (out if type(out) in (tuple, list) else (out,))]

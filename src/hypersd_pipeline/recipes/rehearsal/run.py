@@ -123,6 +123,8 @@ class Rehearsal:
         command += ["--pipelines", unit.pipeline, *(["--nodes", ",".join(unit.nodes)] if unit.nodes else [])]
         logs = self.world.folder / "logs" / f"{unit.name}.log"
         code, seconds, peak = measured(command, logs)
+        if code == 0:  # what the part needed to go on: gigabytes for each stage of a large teacher
+            shutil.rmtree(self.world.folder / "06_models" / "checkpoints", ignore_errors=True)
         return Outcome(unit, PASSED if code == 0 else FAILED, seconds, peak, "" if code == 0 else fault(logs, code))
 
 

@@ -125,6 +125,7 @@ def overrides(config: RehearsalConfig, environment: Environment, raw: Path) -> V
     if environment.teacher.source != "shipped":
         teacher |= {"source": str((raw / "teacher").absolute()), "revision": None, "resolution": config.resolution}
     return {
+        "plan": {"refuse": False},  # the rehearsal itself asks for free memory
         **({"teacher": teacher} if teacher else {}),
         "data": {**_data(environment.data, raw / "images", config.resolution), "batch_size": 2, "workers": 1},
         "evaluation": _evaluation(environment.evaluation, config.leave_out, judges),

@@ -19,6 +19,7 @@ from hypersd_pipeline.diffusion.denoiser import Denoiser
 from hypersd_pipeline.models.adapters import AdaptedBackbone
 from hypersd_pipeline.perception.annotations import AnnotatedSplit
 from hypersd_pipeline.perception.protocol import Instances, PerceptualModel
+from hypersd_pipeline.rewards import Reward, RewardConfig
 
 Place = Literal["trajectory", "sample", "noised_image"]
 """Which prediction of the student a term judges (see `training.rollouts`)."""
@@ -129,6 +130,7 @@ class Context:
         decode: clean latents to images that are not clipped, where a term needs images.
         pairs: stored noise and targets, where a term needs them. annotated: images with masks, where a term needs them.
         perceptual: the segmenter, loaded before anything else, where a term needs it.
+        rewards: what is loaded already, so that it is not in memory twice.
     """
 
     adapters: AdaptedBackbone
@@ -145,6 +147,7 @@ class Context:
     pairs: NoisePairs | None = None
     annotated: AnnotatedSplit | None = None
     perceptual: PerceptualModel | None = None
+    rewards: Sequence[tuple[RewardConfig, Reward]] = ()
 
 
 @dataclass(frozen=True)

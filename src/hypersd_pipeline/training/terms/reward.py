@@ -27,7 +27,8 @@ class RewardTermConfig(TermConfig):
 
     def build(self, context: Context) -> RewardTerm:
         """See `TermConfig`."""
-        return RewardTerm(load_reward(self.reward, context.device), self.alpha)
+        loaded = next((reward for config, reward in context.rewards if config == self.reward), None)
+        return RewardTerm(load_reward(self.reward, context.device) if loaded is None else loaded, self.alpha)
 
     def files(self) -> list[Path]:
         """See `TermConfig`."""
