@@ -165,7 +165,7 @@ def test_airflow_runs_the_dag_and_a_task_that_was_killed_continues(tmp_path: Pat
     (step,) = re.findall(r"retrain_k8: continuing after step (\d+)", told)
     assert killed_at <= int(step) < 30
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    assert client.get_model_version_by_alias("hypersd-smoke", "champion").version == "1"
+    assert str(client.get_model_version_by_alias("hypersd-smoke", "champion").version) == "1"
     runs = client.search_runs([client.get_experiment_by_name("hypersd").experiment_id])  # type: ignore[union-attr]
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1  # both tasks and the retry are one run
